@@ -1,0 +1,1 @@
+"""Network Block Device: the protocol's numbers and our own client."""

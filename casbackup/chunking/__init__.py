@@ -1,0 +1,1 @@
+"""Cutting a segment into chunks."""

@@ -1,0 +1,1 @@
+"""Bytes to bytes: ids, checksums, compression. No I/O."""

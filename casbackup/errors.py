@@ -1,0 +1,481 @@
+"""Every failure that casbackup reports, one class each.
+
+    CasbackupError
+     +- UsageError            the request makes no sense as asked
+     |   +- InvalidName, DuplicateDisk, InvalidSize, ConfigInvalid
+     +- RepositoryError       the repository cannot be used as asked
+     |   +- RepositoryNotFound, RepositoryExists, NotARepository, UnsupportedFormat, MigrationNeeded,
+     |   +- RepositoryReadOnly, RepositoryBusy, RepositoryFull, NetworkFileSystem, ConfigDamaged
+     |   +- IndexMissing, IndexDamaged, IndexIncomplete, IndexFull
+     +- SessionError
+     |   +- SessionNotFound, SessionBusy, ClosureViolation
+     +- SnapshotError
+     |   +- SnapshotNotFound, SnapshotAmbiguous, SnapshotPinned, ManifestDamaged
+     +- DataDamage            stored bytes are not what they should be
+     |   +- BlobMissing, BlobDamaged, PackDamaged, NodeInvalid, DamageFound, RestoreIncomplete
+     +- SourceError
+     |   +- SourceNotFound, SourceUnreadable, SourceChanged, ToolMissing, ToolFailed
+     +- TargetError
+     |   +- TargetExists, TargetTooSmall, TargetUnsuitable, TargetUnwritable
+     +- NbdError
+     |   +- NbdConnectionFailed, NbdProtocolError, NbdRequestFailed
+     +- Interrupted
+
+A class carries a stable ``code`` (for ``--json`` and the documentation), the process's ``exit_status``,
+whether trying the same again can help (``retryable``) and ``advice``: what the user should do. The message
+of an instance says what happened and to which object. ``docs/reference/errors.md`` is generated from here.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import ClassVar
+
+
+class ExitStatus(IntEnum):
+    """Exit statuses of the ``casbackup`` command. Append-only: a number never changes its meaning."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    INCOMPLETE = 3
+    DAMAGED = 4
+    SOURCE = 5
+    TARGET = 6
+    NO_SPACE = 7
+    NO_REPOSITORY = 10
+    BUSY = 11
+    NO_KEY = 12
+    FORMAT = 13
+    NO_SNAPSHOT = 14
+    INTERRUPTED = 130
+
+
+EXIT_STATUS_MEANING: dict[ExitStatus, str] = {
+    ExitStatus.OK: "everything asked for was done",
+    ExitStatus.FAILED: "it failed; the message says why, nothing half-done is visible",
+    ExitStatus.USAGE: "the command line or a configuration file is wrong; nothing was done",
+    ExitStatus.INCOMPLETE: "done as far as possible, but some data could not be had; the lost ranges are listed",
+    ExitStatus.DAMAGED: "damage was found in the repository; what it affects is listed",
+    ExitStatus.SOURCE: "a disk or file to back up cannot be read",
+    ExitStatus.TARGET: "the place to restore to cannot be used",
+    ExitStatus.NO_SPACE: "no space left",
+    ExitStatus.NO_REPOSITORY: "there is no repository at that place",
+    ExitStatus.BUSY: "somebody else is using it in a way that excludes this",
+    ExitStatus.NO_KEY: "reserved: the key for this repository is missing or wrong",
+    ExitStatus.FORMAT: "the repository has a format that this version cannot use",
+    ExitStatus.NO_SNAPSHOT: "no such snapshot, or several match",
+    ExitStatus.INTERRUPTED: "stopped by a signal",
+}
+
+
+class CasbackupError(Exception):
+    """Base of all failures that are reported to a user without a traceback."""
+
+    code: ClassVar[str] = "failed"
+    exit_status: ClassVar[ExitStatus] = ExitStatus.FAILED
+    retryable: ClassVar[bool] = False
+    advice: ClassVar[str] = ""
+
+    @property
+    def message(self) -> str:
+        return str(self)
+
+
+class UsageError(CasbackupError):
+    """The request makes no sense as asked."""
+
+    code = "usage"
+    exit_status = ExitStatus.USAGE
+    advice = "See the command's --help."
+
+
+class InvalidName(UsageError):
+    """A name of a VM, disk, namespace, label or config blob is not allowed."""
+
+    code = "invalid-name"
+    advice = "Names consist of letters, digits, '.', '_' and '-' and start with a letter, a digit or '_'."
+
+
+class DuplicateDisk(UsageError):
+    """The same disk name was given twice."""
+
+    code = "duplicate-disk"
+    advice = "Give every disk of a VM a name of its own."
+
+
+class InvalidSize(UsageError):
+    """A size, duration, percentage or time cannot be understood."""
+
+    code = "invalid-value"
+    advice = "Examples: 64MiB, 1.5G, 7d, 10m, 5%, 2026-11-22T20:00:00Z."
+
+
+class ConfigInvalid(UsageError):
+    """The user's configuration file is wrong."""
+
+    code = "config-invalid"
+    advice = "Correct the file named in the message, or point CASBACKUP_CONFIG at another one."
+
+
+class RepositoryError(CasbackupError):
+    """The repository cannot be used as asked."""
+
+    code = "repository"
+
+
+class RepositoryNotFound(RepositoryError):
+    """There is nothing at the repository's path."""
+
+    code = "repository-not-found"
+    exit_status = ExitStatus.NO_REPOSITORY
+    advice = "Check the path (-r, CASBACKUP_REPOSITORY), mount the disk, or create it with `casbackup init`."
+
+
+class RepositoryExists(RepositoryError):
+    """`init` found a repository or other files at the path."""
+
+    code = "repository-exists"
+    advice = "Use it as it is, or choose an empty or a new folder."
+
+
+class NotARepository(RepositoryError):
+    """The folder exists but holds no casbackup repository."""
+
+    code = "not-a-repository"
+    exit_status = ExitStatus.NO_REPOSITORY
+    advice = "Check the path; a repository holds config.json, packs/, snapshots/ and index/."
+
+
+class ConfigDamaged(RepositoryError):
+    """The repository's config.json cannot be read or contradicts itself."""
+
+    code = "repository-config-damaged"
+    exit_status = ExitStatus.DAMAGED
+    advice = "Restore config.json from its copy config.json.backup in the same folder."
+
+
+class UnsupportedFormat(RepositoryError):
+    """The repository was written by a newer casbackup."""
+
+    code = "unsupported-format"
+    exit_status = ExitStatus.FORMAT
+    advice = "Use a newer casbackup. Nothing was changed."
+
+
+class MigrationNeeded(RepositoryError):
+    """The repository has an older format that must be migrated first."""
+
+    code = "migration-needed"
+    exit_status = ExitStatus.FORMAT
+    advice = "Run `casbackup migrate --dry-run`, then `casbackup migrate`."
+
+
+class RepositoryReadOnly(RepositoryError):
+    """The repository cannot be written to."""
+
+    code = "repository-read-only"
+    advice = "Check the permissions of the folder and how its file system is mounted."
+
+
+class RepositoryBusy(RepositoryError):
+    """Another process holds a lock that excludes this operation."""
+
+    code = "repository-busy"
+    exit_status = ExitStatus.BUSY
+    retryable = True
+    advice = "Wait for the other operation to end, then try again."
+
+
+class RepositoryFull(RepositoryError):
+    """The file system of the repository is full."""
+
+    code = "repository-full"
+    exit_status = ExitStatus.NO_SPACE
+    retryable = True
+    advice = (
+        "Committed snapshots are safe. Free some space on that file system, or `casbackup forget` and `casbackup gc`."
+    )
+
+
+class NetworkFileSystem(RepositoryError):
+    """The index would lie on a network file system, where LMDB's locking is not safe."""
+
+    code = "network-file-system"
+    advice = "Keep the repository on a local disk."
+
+
+class IndexMissing(RepositoryError):
+    """The index folder is missing or is that of another repository."""
+
+    code = "index-missing"
+    exit_status = ExitStatus.DAMAGED
+    advice = "Run `casbackup repair --rebuild-index`: it needs nothing but the folder."
+
+
+class IndexDamaged(RepositoryError):
+    """LMDB cannot read the index."""
+
+    code = "index-damaged"
+    exit_status = ExitStatus.DAMAGED
+    advice = "Run `casbackup repair --rebuild-index`: it needs nothing but the folder."
+
+
+class IndexIncomplete(RepositoryError):
+    """A snapshot needs a blob that the index does not know; nothing may be deleted in that state."""
+
+    code = "index-incomplete"
+    exit_status = ExitStatus.DAMAGED
+    advice = "Run `casbackup check`, and `casbackup repair --rebuild-index` if packs are there that it does not list."
+
+
+class IndexFull(RepositoryError):
+    """The index cannot grow any further."""
+
+    code = "index-full"
+    exit_status = ExitStatus.NO_SPACE
+    advice = "Free space on the file system of the repository."
+
+
+class SessionError(CasbackupError):
+    """A backup session cannot go on."""
+
+    code = "session"
+
+
+class SessionNotFound(SessionError):
+    """There is no such session: it was committed, aborted, or given up after its lease ended."""
+
+    code = "session-not-found"
+    advice = "Start a new backup; what is already stored is not sent again."
+
+
+class SessionBusy(SessionError):
+    """Another process is working on this session."""
+
+    code = "session-busy"
+    exit_status = ExitStatus.BUSY
+    retryable = True
+    advice = "Wait for the other process, or stop it."
+
+
+class ClosureViolation(SessionError):
+    """A tree node or snapshot names something that is not stored. Refused, nothing was stored."""
+
+    code = "closure-violation"
+    advice = "This is a fault of the sending program; please report it."
+
+
+class SnapshotError(CasbackupError):
+    """Something is wrong with a snapshot reference or its manifest."""
+
+    code = "snapshot"
+    exit_status = ExitStatus.NO_SNAPSHOT
+
+
+class SnapshotNotFound(SnapshotError):
+    """No snapshot matches."""
+
+    code = "snapshot-not-found"
+    advice = "List what is there with `casbackup snapshots`."
+
+
+class SnapshotAmbiguous(SnapshotError):
+    """Several snapshots match."""
+
+    code = "snapshot-ambiguous"
+    advice = "Give more of the id or of the time."
+
+
+class SnapshotPinned(SnapshotError):
+    """The snapshot is pinned and stays."""
+
+    code = "snapshot-pinned"
+    exit_status = ExitStatus.FAILED
+    advice = "Remove the pin with `casbackup pin --remove` first."
+
+
+class ManifestDamaged(SnapshotError):
+    """A snapshot's manifest file is damaged."""
+
+    code = "manifest-damaged"
+    exit_status = ExitStatus.DAMAGED
+    advice = "Restore the file from a copy of the repository; the other snapshots are not affected."
+
+
+class DataDamage(CasbackupError):
+    """Stored bytes are not what they should be."""
+
+    code = "damage"
+    exit_status = ExitStatus.DAMAGED
+
+
+class BlobMissing(DataDamage):
+    """A chunk or tree node is not in the repository."""
+
+    code = "blob-missing"
+    advice = "Run `casbackup check` to see what is affected; a new backup of the same VM may heal it."
+
+
+class BlobDamaged(DataDamage):
+    """A chunk or tree node fails its checksum."""
+
+    code = "blob-damaged"
+    advice = "Run `casbackup check --read-data` to see what is affected; a new backup of the same VM may heal it."
+
+
+class PackDamaged(DataDamage):
+    """A pack file cannot be read as one."""
+
+    code = "pack-damaged"
+    advice = "Run `casbackup check --read-data`, then `casbackup repair`."
+
+
+class NodeInvalid(DataDamage):
+    """A tree node's bytes make no sense although its id is right."""
+
+    code = "node-invalid"
+    advice = "This is a fault of the program that stored it; please report it."
+
+
+class DamageFound(DataDamage):
+    """A check found damage; the report lists what is affected."""
+
+    code = "damage-found"
+    advice = "Back the affected VMs up again (that heals what is still the same on their disks), then run `casbackup repair`."
+
+
+class RestoreIncomplete(DataDamage):
+    """A best-effort restore had to leave ranges out; they are listed."""
+
+    code = "restore-incomplete"
+    exit_status = ExitStatus.INCOMPLETE
+    advice = "The listed ranges hold zeros. Everything else was verified."
+
+
+class SourceError(CasbackupError):
+    """A source of a backup cannot be used."""
+
+    code = "source"
+    exit_status = ExitStatus.SOURCE
+
+
+class SourceNotFound(SourceError):
+    """The source does not exist."""
+
+    code = "source-not-found"
+    advice = "Check the path of the disk."
+
+
+class SourceUnreadable(SourceError):
+    """The source exists but cannot be read."""
+
+    code = "source-unreadable"
+    advice = "Check permissions and the health of the storage; no snapshot was made."
+
+
+class SourceChanged(SourceError):
+    """The source changed its size while it was read."""
+
+    code = "source-changed"
+    retryable = True
+    advice = "Stop what writes to the disk, or back the VM up live; no snapshot was made."
+
+
+class ToolMissing(SourceError):
+    """A program that this needs is not installed."""
+
+    code = "tool-missing"
+    advice = "Install it (Debian: apt install qemu-utils)."
+
+
+class ToolFailed(SourceError):
+    """An external program failed."""
+
+    code = "tool-failed"
+    advice = "Its own message is in the error."
+
+
+class TargetError(CasbackupError):
+    """The place to restore to cannot be used."""
+
+    code = "target"
+    exit_status = ExitStatus.TARGET
+
+
+class TargetExists(TargetError):
+    """The target exists and was not overwritten."""
+
+    code = "target-exists"
+    advice = "Choose another target, or give --force to overwrite it."
+
+
+class TargetTooSmall(TargetError):
+    """The target device is smaller than the disk."""
+
+    code = "target-too-small"
+    advice = "Use a device of at least the disk's size. Nothing was written."
+
+
+class TargetUnsuitable(TargetError):
+    """The target is of the wrong kind, for example a folder where a file is needed."""
+
+    code = "target-unsuitable"
+    advice = "See `casbackup restore --help` for what a target can be."
+
+
+class TargetUnwritable(TargetError):
+    """Writing to the target failed."""
+
+    code = "target-unwritable"
+    advice = "Check permissions and free space of the target."
+
+
+class NbdError(CasbackupError):
+    """Talking to an NBD server failed."""
+
+    code = "nbd"
+    exit_status = ExitStatus.SOURCE
+
+
+class NbdConnectionFailed(NbdError):
+    """The NBD server cannot be reached or refused the export."""
+
+    code = "nbd-connection-failed"
+    retryable = True
+    advice = "Check that the server runs and that it has an export of that name."
+
+
+class NbdProtocolError(NbdError):
+    """The NBD server said something that the protocol does not allow."""
+
+    code = "nbd-protocol"
+    advice = "Check that the other side is an NBD server (fixed newstyle)."
+
+
+class NbdRequestFailed(NbdError):
+    """The NBD server answered a request with an error."""
+
+    code = "nbd-request-failed"
+    advice = "See the server's log; the storage behind it may be failing."
+
+
+class Interrupted(CasbackupError):
+    """Stopped by a signal; what was already stored stays usable for the next run."""
+
+    code = "interrupted"
+    exit_status = ExitStatus.INTERRUPTED
+    advice = "Run the same command again: what was stored is not sent again."
+
+
+def catalogue() -> list[type[CasbackupError]]:
+    """All error classes, base first, in the order of their definition."""
+    found: list[type[CasbackupError]] = []
+
+    def visit(cls: type[CasbackupError]) -> None:
+        found.append(cls)
+        for child in cls.__subclasses__():
+            visit(child)
+
+    visit(CasbackupError)
+    return found

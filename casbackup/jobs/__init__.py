@@ -1,0 +1,1 @@
+"""What users ask for: backup, restore, diff. Data moves through a ``Peer`` only."""

@@ -1,0 +1,217 @@
+"""The restore job: walk a disk's tree, fetch chunks in pack order, verify each against its id, write it where it belongs.
+
+Threads take whole segments. Zeros are not written to a target that is known to be zero. With ``in_place`` the target is read
+first and only what differs is fetched and written; with ``best_effort`` lost ranges become zeros and are reported.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from casbackup.block.device import BlockDevice
+from casbackup.codec.hashing import blob_id
+from casbackup.errors import DataDamage, SnapshotNotFound
+from casbackup.fs import Buffer
+from casbackup.ids import BlobId
+from casbackup.workers import run_workers, worker_count
+from casbackup.limits import SEGMENT_BYTES
+from casbackup.peer.api import Peer
+from casbackup.peer.disk import fetch_nodes, verified
+from casbackup.progress import NoProgress, Progress
+from casbackup.repository.catalog import Snapshot
+from casbackup.spec.manifest import ConfigRecord, DiskRecord
+from casbackup.spec.node import Extent
+from casbackup.spec.record import BlobKind
+from casbackup.tree.diff import Range, merged
+from casbackup.tree.reader import DiskTree, Segment
+
+_ZEROS = bytes(SEGMENT_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreOptions:
+    """``target_is_zero``: the target reads as zeros now. ``in_place``: write only what differs from what it holds."""
+
+    target_is_zero: bool = False
+    in_place: bool = False
+    best_effort: bool = False
+
+
+@dataclass(slots=True)
+class RestoreReport:
+    """What a restore of one disk did. ``lost`` is only ever filled by a best-effort restore."""
+
+    size_bytes: int = 0
+    written_bytes: int = 0
+    unchanged_bytes: int = 0
+    zero_bytes: int = 0
+    lost: list[Range] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+
+def restore_disk(
+    peer: Peer,
+    disk: DiskRecord,
+    target: BlockDevice,
+    options: RestoreOptions | None = None,
+    progress: Progress | None = None,
+) -> RestoreReport:
+    """Write a disk of a snapshot to ``target``, which has at least its size. Does not flush the target.
+
+    :raise DataDamage: when something cannot be read, unless ``best_effort``. :raise TargetError: when writing fails.
+    """
+    return _Restore(peer, disk, target, options or RestoreOptions(), progress or NoProgress()).run()
+
+
+def find_disk(snapshot: Snapshot, name: str) -> DiskRecord:
+    """:raise SnapshotNotFound: when the snapshot has no such disk."""
+    for disk in snapshot.manifest.disks:
+        if disk.name == name:
+            return disk
+    names = ", ".join(d.name for d in snapshot.manifest.disks) or "none"
+    raise SnapshotNotFound(f"snapshot {snapshot.reference} has no disk {name}; it has: {names}")
+
+
+def read_config(peer: Peer, config: ConfigRecord) -> bytes:
+    """The verified content of a config blob."""
+    data = fetch_nodes(peer, [config.id])[config.id]
+    if isinstance(data, DataDamage):
+        raise data
+    return bytes(data)
+
+
+class _Restore:
+    def __init__(
+        self, peer: Peer, disk: DiskRecord, target: BlockDevice, options: RestoreOptions, progress: Progress
+    ) -> None:
+        self._peer = peer
+        self._disk = disk
+        self._target = target
+        self._options = options
+        self._progress = progress
+        self._report = RestoreReport(disk.size_bytes)
+        self._lock = threading.Lock()
+
+    def run(self) -> RestoreReport:
+        def fetch(ids: Sequence[BlobId]) -> Mapping[BlobId, Buffer | DataDamage]:
+            return fetch_nodes(self._peer, ids)
+
+        tree = DiskTree(self._disk.root, self._disk.size_bytes, fetch, tolerant=self._options.best_effort)
+        segments = tree.segments()
+        self._progress.start(self._disk.name, self._disk.size_bytes)
+
+        def work(stop: threading.Event) -> None:
+            scratch = memoryview(bytearray(SEGMENT_BYTES)) if self._options.in_place else memoryview(b"")
+            while not stop.is_set():
+                with self._lock:
+                    segment = next(segments, None)
+                if segment is None:
+                    return
+                self._segment(segment, scratch)
+                self._progress.advance(done=segment.length)
+
+        run_workers(work, worker_count())
+        self._progress.finish()
+        self._report.lost = list(merged(sorted(self._report.lost)))
+        return self._report
+
+    def _segment(self, segment: Segment, scratch: memoryview) -> None:
+        if segment.damage is not None:
+            self._lose(segment.offset, segment.length, segment.damage)
+        elif segment.extents is None:
+            self._zero(segment.offset, segment.length, scratch)
+        elif self._options.in_place:
+            self._differing(segment, scratch[: segment.length])
+        else:
+            self._write(list(_placed(segment)))
+
+    def _write(self, pieces: list[tuple[int, Extent]]) -> None:
+        """Fetch the chunks of these extents and write them; zero extents as well, where that is needed."""
+        places: dict[BlobId, list[tuple[int, Extent]]] = {}
+        for offset, extent in pieces:
+            if extent.is_zero:
+                self._zero(offset, extent.length, memoryview(b""))
+            else:
+                places.setdefault(extent.id, []).append((offset, extent))
+        for chunk, record in self._peer.fetch(list(places)) if places else ():
+            plain = verified(record)
+            for offset, extent in places[chunk]:
+                if isinstance(plain, DataDamage):
+                    self._lose(offset, extent.length, plain)
+                else:
+                    self._put(offset, plain, extent)
+
+    def _put(self, offset: int, plain: Buffer, extent: Extent) -> None:
+        whole = extent.skip == 0 and extent.length == len(plain)
+        self._target.write(offset, plain if whole else memoryview(plain)[extent.skip : extent.skip + extent.length])
+        self._count(written_bytes=extent.length)
+
+    def _differing(self, segment: Segment, present: memoryview) -> None:
+        """Compare the target with the extents by hash, and write only those that differ."""
+        self._target.read_into(segment.offset, present)
+        different: list[tuple[int, Extent]] = []
+        for offset, extent in _placed(segment):
+            start = offset - segment.offset
+            if _holds(present[start : start + extent.length], extent):
+                self._count(unchanged_bytes=extent.length)
+            elif extent.is_zero:
+                self._write_zeros(offset, extent.length)
+            else:
+                different.append((offset, extent))
+        self._write(different)
+
+    def _zero(self, offset: int, length: int, scratch: memoryview) -> None:
+        if self._options.target_is_zero:
+            self._count(zero_bytes=length)
+        elif self._options.in_place and scratch:
+            self._zero_in_place(offset, length, scratch)
+        else:
+            self._write_zeros(offset, length)
+
+    def _zero_in_place(self, offset: int, length: int, scratch: memoryview) -> None:
+        """Only where the target is not zero already; what it knows to be holes is not even read."""
+        for extent in self._target.extents(offset, length):
+            for start in range(extent.offset, extent.end, SEGMENT_BYTES):
+                size = min(SEGMENT_BYTES, extent.end - start)
+                if not extent.zero:
+                    self._target.read_into(start, scratch[:size])
+                if extent.zero or scratch[:size] == _ZEROS[:size]:
+                    self._count(unchanged_bytes=size)
+                else:
+                    self._write_zeros(start, size)
+
+    def _write_zeros(self, offset: int, length: int) -> None:
+        self._target.write_zeros(offset, length)
+        self._count(zero_bytes=length)
+
+    def _lose(self, offset: int, length: int, damage: DataDamage) -> None:
+        if not self._options.best_effort:
+            raise damage
+        if not self._options.target_is_zero:
+            self._target.write_zeros(offset, length)
+        with self._lock:
+            self._report.lost.append(Range(offset, length))
+            self._report.reasons.append(str(damage))
+
+    def _count(self, *, written_bytes: int = 0, unchanged_bytes: int = 0, zero_bytes: int = 0) -> None:
+        with self._lock:
+            self._report.written_bytes += written_bytes
+            self._report.unchanged_bytes += unchanged_bytes
+            self._report.zero_bytes += zero_bytes
+
+
+def _placed(segment: Segment) -> Iterator[tuple[int, Extent]]:
+    """The extents of a leaf with their offsets on the disk."""
+    offset = segment.offset
+    for extent in segment.extents or ():
+        yield offset, extent
+        offset += extent.length
+
+
+def _holds(present: memoryview, extent: Extent) -> bool:
+    """Does the target hold these bytes already? A slice of a chunk cannot be told by hash and counts as different."""
+    if extent.is_zero:
+        return present == _ZEROS[: extent.length]
+    return extent.skip == 0 and blob_id(BlobKind.CHUNK, present) == extent.id

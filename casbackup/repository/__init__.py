@@ -1,0 +1,1 @@
+"""A repository in a folder: sessions, snapshots, garbage collection, retention, verification, repair."""

@@ -1,0 +1,261 @@
+"""The snapshots of a repository: listing, finding, pinning and labelling, removing.
+
+Files are the truth; the ``snapshots`` database holds a copy of each manifest so that a listing opens no files, and so that a
+damaged manifest can be put back. Every listing compares names with the folder, so the copy is never believed beyond the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from casbackup.clock import format_time, parse_time
+from casbackup.errors import CasbackupError, InvalidName, InvalidSize, ManifestDamaged, SnapshotAmbiguous, SnapshotNotFound
+from casbackup.fs import FileSystem, translated, write_durably
+from casbackup.ids import DEFAULT_NAMESPACE, Namespace, SnapshotId, VmName, parse_namespace, parse_vm
+from casbackup.repository.layout import Layout, SnapshotKey, snapshot_files
+from casbackup.spec.manifest import Manifest, Sidecar, decode_manifest, decode_sidecar, encode_sidecar
+from casbackup.store.index import Index, Transaction
+
+_HEX = set("0123456789abcdef")
+_SHORTEST_ID = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A committed snapshot: its manifest, its id, and what was changed about it later."""
+
+    id: SnapshotId
+    manifest: Manifest
+    sidecar: Sidecar = Sidecar()
+
+    @property
+    def key(self) -> SnapshotKey:
+        return SnapshotKey(self.manifest.namespace, self.manifest.vm, self.manifest.time_ms)
+
+    @property
+    def pinned(self) -> bool:
+        return self.sidecar.pinned
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.manifest.labels if self.sidecar.labels is None else self.sidecar.labels
+
+    @property
+    def notes(self) -> str:
+        return self.manifest.notes if self.sidecar.notes is None else self.sidecar.notes
+
+    @property
+    def reference(self) -> str:
+        """``vm/100@2026-11-22T20:00:00.123Z``; with ``namespace:`` in front outside the default one."""
+        short = f"{self.manifest.vm}@{format_time(self.manifest.time_ms)}"
+        return short if self.manifest.namespace == DEFAULT_NAMESPACE else f"{self.manifest.namespace}:{short}"
+
+
+class Catalog:
+    """Reads from any thread; changes are serialised by the index's write transaction or are single renames."""
+
+    def __init__(self, fs: FileSystem, layout: Layout, index: Index) -> None:
+        self._fs = fs
+        self._layout = layout
+        self._index = index
+
+    def all(self, namespace: Namespace | None = None, vm: VmName | None = None) -> list[Snapshot]:
+        """Snapshots in order of namespace, VM and sequence.
+
+        :raise ManifestDamaged: when a manifest that matches is damaged and the index has no copy of it.
+        """
+        snapshots, damaged = self.survey(namespace, vm)
+        if damaged:
+            raise damaged[0]
+        return snapshots
+
+    def survey(
+        self, namespace: Namespace | None = None, vm: VmName | None = None
+    ) -> tuple[list[Snapshot], list[ManifestDamaged]]:
+        """Like ``all``, but gives what is wrong beside what is right."""
+        keys = [
+            (key, has_sidecar)
+            for key, has_sidecar in snapshot_files(self._fs, self._layout)
+            if (namespace is None or key.namespace == namespace) and (vm is None or key.vm == vm)
+        ]
+        with self._index.read() as txn:
+            copies = {key: read_copy(txn, self._index, key) for key, _ in keys}
+        found: list[Snapshot] = []
+        damaged: list[ManifestDamaged] = []
+        fresh: list[tuple[SnapshotKey, bytes]] = []
+        for key, has_sidecar in keys:
+            data = copies[key]
+            try:
+                if data is None:
+                    data = self._read_manifest(key)
+                    if data is None:
+                        continue
+                    fresh.append((key, data))
+                found.append(self._snapshot(key, data, has_sidecar))
+            except ManifestDamaged as error:
+                damaged.append(error)
+        self._remember(fresh)
+        found.sort(key=lambda s: (s.manifest.namespace, s.manifest.vm, s.manifest.sequence, s.manifest.time_ms))
+        return found, damaged
+
+    def find(self, reference: str, namespace: Namespace = DEFAULT_NAMESPACE) -> Snapshot:
+        """The snapshot that a user means.
+
+        ``vm/100`` or ``vm/100@latest`` (highest sequence), ``vm/100@TIME`` (a time or its beginning), ``vm/100@ID``, or an id's first
+        four or more digits alone; ``acme/prod:vm/100`` names another namespace.
+
+        :raise SnapshotNotFound: when none matches.
+        :raise SnapshotAmbiguous: when several match.
+        """
+        prefix, colon, rest = reference.partition(":vm/")
+        if colon:
+            namespace, reference = parse_namespace(prefix), "vm/" + rest
+        if not reference.startswith("vm/"):
+            return self._find_by_id(reference)
+        name, _, selector = reference.partition("@")
+        candidates = self.all(namespace, parse_vm(name))
+        if not candidates:
+            raise SnapshotNotFound(f"there is no snapshot of {name} in namespace {namespace}")
+        if selector in ("", "latest"):
+            return candidates[-1]
+        matching = [s for s in candidates if _matches(s, selector)]
+        return _only(matching, f"{name}@{selector}")
+
+    def get(self, key: SnapshotKey) -> Snapshot | None:
+        """The snapshot with this key as its file says now."""
+        data = self._read_manifest(key)
+        return None if data is None else self._snapshot(key, data, self._fs.exists(self._layout.sidecar(key)))
+
+    def annotate(
+        self,
+        snapshot: Snapshot,
+        *,
+        pinned: bool | None = None,
+        labels: Sequence[str] | None = None,
+        notes: str | None = None,
+    ) -> Snapshot:
+        """Change what may change about a snapshot; None leaves a part as it is. Durable on return."""
+        sidecar = snapshot.sidecar
+        if pinned is not None:
+            sidecar = replace(sidecar, pinned=pinned)
+        if labels is not None:
+            sidecar = replace(sidecar, labels=tuple(labels))
+        if notes is not None:
+            sidecar = replace(sidecar, notes=notes)
+        with translated(f"cannot change {snapshot.reference}"):
+            write_durably(self._fs, self._layout.sidecar(snapshot.key), encode_sidecar(sidecar), replace=True)
+        return replace(snapshot, sidecar=sidecar)
+
+    def remove(self, snapshots: Iterable[Snapshot]) -> None:
+        """Forget snapshots: manifest first (from then on it is gone), then sidecar, then the index's copy."""
+        removed = list(snapshots)
+        folders = set()
+        for snapshot in removed:
+            with translated(f"cannot remove {snapshot.reference}"):
+                self._fs.remove(self._layout.manifest(snapshot.key))
+                self._fs.remove(self._layout.sidecar(snapshot.key))
+                folders.add(self._layout.vm_folder(snapshot.manifest.namespace, snapshot.manifest.vm))
+        for folder in folders:
+            self._fs.sync_folder(folder)
+
+        def drop(txn: Transaction) -> None:
+            for snapshot in removed:
+                txn.delete(_database_key(snapshot.key), db=self._index.snapshots)
+
+        self._index.write(drop)
+
+    def put_back(self, key: SnapshotKey) -> bool:
+        """Rewrite a damaged manifest file from the index's copy; False when there is none."""
+        with self._index.read() as txn:
+            data = read_copy(txn, self._index, key)
+        if data is None:
+            return False
+        decode_manifest(data, str(key))
+        write_durably(self._fs, self._layout.manifest(key), data, replace=True)
+        return True
+
+    def verify_files(self) -> list[tuple[SnapshotKey, ManifestDamaged]]:
+        """Manifests whose files, not copies, are damaged or lie in the wrong place."""
+        damaged: list[tuple[SnapshotKey, ManifestDamaged]] = []
+        for key, has_sidecar in snapshot_files(self._fs, self._layout):
+            data = self._read_manifest(key)
+            if data is None:
+                continue
+            try:
+                self._snapshot(key, data, has_sidecar)
+            except ManifestDamaged as error:
+                damaged.append((key, error))
+        return damaged
+
+    def _find_by_id(self, prefix: str) -> Snapshot:
+        if len(prefix) < _SHORTEST_ID or not set(prefix) <= _HEX:
+            raise InvalidName(f"{prefix!r} is neither a VM (vm/100) nor the beginning of a snapshot id")
+        return _only([s for s in self.all() if s.id.startswith(prefix)], prefix)
+
+    def _read_manifest(self, key: SnapshotKey) -> bytes | None:
+        with contextlib.suppress(FileNotFoundError):
+            return self._fs.read(self._layout.manifest(key))
+        return None
+
+    def _snapshot(self, key: SnapshotKey, data: bytes, has_sidecar: bool) -> Snapshot:
+        path = self._layout.manifest(key)
+        manifest, snapshot_id = decode_manifest(data, path)
+        if (manifest.namespace, manifest.vm, manifest.time_ms) != key:
+            raise ManifestDamaged(f"manifest {path} is that of {manifest.vm}@{format_time(manifest.time_ms)}")
+        sidecar = Sidecar()
+        if has_sidecar:
+            with contextlib.suppress(FileNotFoundError):
+                sidecar = decode_sidecar(self._fs.read(self._layout.sidecar(key)), self._layout.sidecar(key))
+        return Snapshot(snapshot_id, manifest, sidecar)
+
+    def _remember(self, manifests: Sequence[tuple[SnapshotKey, bytes]]) -> None:
+        """Copy manifests into the index; a listing does not fail for lack of room or rights to do that."""
+        if not manifests or self._index.read_only:
+            return
+
+        def put(txn: Transaction) -> None:
+            for key, data in manifests:
+                store_copy(txn, self._index, key, data)
+
+        with contextlib.suppress(CasbackupError):
+            self._index.write(put)
+
+
+def read_copy(txn: Transaction, index: Index, key: SnapshotKey) -> bytes | None:
+    """The index's copy of a manifest."""
+    value = txn.get(_database_key(key), db=index.snapshots)
+    return None if value is None else bytes(value)
+
+
+def store_copy(txn: Transaction, index: Index, key: SnapshotKey, manifest: bytes) -> None:
+    """Put the index's copy of a manifest."""
+    txn.put(_database_key(key), manifest, db=index.snapshots)
+
+
+def _database_key(key: SnapshotKey) -> bytes:
+    return f"{key.namespace}\0{key.vm}\0{format_time(key.time_ms)}".encode()
+
+
+def _matches(snapshot: Snapshot, selector: str) -> bool:
+    stamp = format_time(snapshot.manifest.time_ms)
+    if len(selector) >= _SHORTEST_ID and snapshot.id.startswith(selector):
+        return True
+    if stamp.startswith(selector.removesuffix("Z")):
+        return True
+    with contextlib.suppress(InvalidSize):
+        moment = parse_time(selector)
+        return moment == snapshot.manifest.time_ms or (
+            moment % 1000 == 0 and moment // 1000 == snapshot.manifest.time_ms // 1000
+        )
+    return False
+
+
+def _only(matching: Sequence[Snapshot], what: str) -> Snapshot:
+    if not matching:
+        raise SnapshotNotFound(f"no snapshot matches {what}")
+    if len(matching) > 1:
+        some = ", ".join(f"{s.reference} ({s.id[:8]})" for s in matching[:4])
+        raise SnapshotAmbiguous(f"{what} matches {len(matching)} snapshots: {some}")
+    return matching[0]

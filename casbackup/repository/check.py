@@ -1,0 +1,350 @@
+"""Checking: is everything that snapshots need there, and, with ``read_data``, is every byte what it should be?
+
+The structural part reads all manifests and all tree nodes (verified against their ids) and compares the index with the packs.
+Reading data verifies each record's checksum and each blob against its id, and notes when: later checks can read just what was
+not read for long. What is found is marked in the index, so that the next backup heals it if it can.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from casbackup.codec.records import decode_record, parse_record
+from casbackup.errors import BlobDamaged, DataDamage, PackDamaged
+from casbackup.ids import BlobId, PackId
+from casbackup.progress import NoProgress, Progress
+from casbackup.repository.catalog import Snapshot
+from casbackup.repository.damage import AffectedDisk, DamageMap, note_damage
+from casbackup.repository.indextable import IndexTable, contains, read_index
+from casbackup.repository.mark import Marks, configs_of, mark, roots_of
+from casbackup.repository.repository import Repository
+from casbackup.spec.indexdb import STATE_DAMAGED, PackRow, decode_entry
+from casbackup.spec.record import HEADER_BYTES
+from casbackup.store.index import Transaction
+from casbackup.workers import run_workers, worker_count
+
+_READ_BYTES = 4 * 1024 * 1024
+_NOTE_EVERY = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class CheckOptions:
+    """``read_data`` verifies stored bytes: all, or the ``subset_percent`` that was verified longest ago, or what was not verified
+    for ``older_than_s``; oldest first, until ``time_budget_s`` is used up."""
+
+    read_data: bool = False
+    subset_percent: float | None = None
+    older_than_s: float | None = None
+    time_budget_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something wrong (``severity`` "damage"), or odd but harmless ("note"), and with what."""
+
+    severity: str
+    object: str
+    message: str
+
+
+@dataclass(slots=True)
+class CheckReport:
+    """``affected`` says what the damage means. ``unverified_blobs`` were not read, by choice or for lack of time."""
+
+    findings: list[Finding] = field(default_factory=list)
+    affected: list[AffectedDisk] = field(default_factory=list)
+    snapshots: int = 0
+    nodes: int = 0
+    blobs: int = 0
+    packs: int = 0
+    verified_blobs: int = 0
+    verified_bytes: int = 0
+    unverified_blobs: int = 0
+    healed_blobs: int = 0
+
+    @property
+    def damaged(self) -> bool:
+        return any(finding.severity == "damage" for finding in self.findings)
+
+    def damage(self, thing: str, message: str) -> None:
+        self.findings.append(Finding("damage", thing, message))
+
+    def note(self, thing: str, message: str) -> None:
+        self.findings.append(Finding("note", thing, message))
+
+
+def check(
+    repository: Repository, options: CheckOptions | None = None, progress: Progress | None = None
+) -> CheckReport:
+    """Check the repository. Damage is a result, not an exception. On a read-only repository nothing is noted in the index."""
+    options, progress = options or CheckOptions(), progress or NoProgress()
+    report = CheckReport()
+    snapshots = _check_manifests(repository, report)
+    # Snapshots are listed before the index is read: what they need was in the index before they were committed.
+    marks = _check_trees(repository, snapshots, report, progress)
+    table = read_index(repository.index)
+    damaged = _check_index(repository, table, marks, snapshots, report)
+    damaged |= _check_packs(repository, table, report)
+    if options.read_data:
+        damaged |= _read_data(repository, table, options, report, progress)
+    _conclude(repository, table, marks, snapshots, damaged, report)
+    return report
+
+
+def _check_manifests(repository: Repository, report: CheckReport) -> list[Snapshot]:
+    for key, error in repository.catalog.verify_files():
+        report.damage(repository.layout.manifest(key), str(error))
+    snapshots, unreadable = repository.catalog.survey()
+    for problem in unreadable:
+        if not any(finding.message == str(problem) for finding in report.findings):
+            report.damage("manifest", str(problem))
+    report.snapshots = len(snapshots)
+    return snapshots
+
+
+def _check_trees(
+    repository: Repository, snapshots: Sequence[Snapshot], report: CheckReport, progress: Progress
+) -> Marks:
+    progress.start("tree nodes", None)
+    marks = mark(
+        repository.store, roots_of(snapshots), configs_of(snapshots), lambda nodes: progress.advance(nodes=nodes)
+    )
+    progress.finish()
+    report.nodes = marks.nodes
+    for node, error in marks.unreadable.items():
+        report.damage(f"tree node {node.hex()[:16]}", str(error))
+    return marks
+
+
+def _check_index(
+    repository: Repository, table: IndexTable, marks: Marks, snapshots: Sequence[Snapshot], report: CheckReport
+) -> set[BlobId]:
+    """Every blob that is needed has an entry, and one that is not known to be damaged."""
+    report.blobs = len(table)
+    needed = contains(marks.prefixes, table.prefixes)
+    known_bad = set(table.ids_where(needed & ((table.values["state"] & STATE_DAMAGED) > 0)))
+    for blob_id in known_bad:
+        report.damage(f"blob {blob_id.hex()[:16]}", "was found damaged by an earlier check and is not healed yet")
+    present = np.unique(table.prefixes)
+    absent = marks.prefixes[~contains(present, marks.prefixes)]
+    missing = _full_ids(repository, snapshots, absent[absent != 0]) if len(absent) else set()
+    for blob_id in missing:
+        report.damage(f"blob {blob_id.hex()[:16]}", "is needed by a snapshot but not in the index")
+    return known_bad | missing | set(marks.unreadable)
+
+
+def _full_ids(repository: Repository, snapshots: Sequence[Snapshot], prefixes: npt.NDArray[np.uint64]) -> set[BlobId]:
+    """The ids with these first 8 bytes among all that snapshots need: a second walk, only made when something is missing."""
+    wanted = {int(prefix).to_bytes(8, "little") for prefix in prefixes}
+    finder = DamageMap(repository, ())
+    return {blob for blob in finder.named(snapshots) if blob[:8] in wanted}
+
+
+def _check_packs(repository: Repository, table: IndexTable, report: CheckReport) -> set[BlobId]:
+    """Every pack of the index is there and long enough; what else lies in the folder is noted."""
+    storage = repository.store.storage
+    rows = repository.store.pack_rows()
+    sizes = {info.pack: info.size_bytes for info in storage.list()}
+    report.packs = len(rows)
+    ends = table.values["offset"].astype(np.int64) + table.records_bytes()
+    damaged: set[BlobId] = set()
+    for number, row in rows.items():
+        size = sizes.get(row.pack)
+        if size is None and number not in repository.store.pack_rows():
+            continue  # dropped by a gc since the look
+        beyond = (table.values["pack"] == number) & (ends > (size or 0)) if (size or 0) < row.size_bytes else None
+        if beyond is None or not beyond.any():
+            continue
+        what = "is missing" if size is None else f"is truncated to {size} bytes"
+        report.damage(f"pack {row.pack}", f"{what}: {int(beyond.sum())} blobs are lost")
+        damaged |= set(table.ids_where(beyond))
+    for name in storage.foreign():
+        report.note(name, "is no pack and is ignored")
+    return damaged
+
+
+class _Reader:
+    """Verifies records of packs from several threads and notes the results in the index now and then."""
+
+    def __init__(
+        self, repository: Repository, table: IndexTable, options: CheckOptions, report: CheckReport, progress: Progress
+    ) -> None:
+        self._repository = repository
+        self._table = table
+        self._report = report
+        self._progress = progress
+        self._rows = repository.store.pack_rows()
+        self._clock = repository.clock
+        self._deadline_s = None if options.time_budget_s is None else self._clock.monotonic_s() + options.time_budget_s
+        self._lock = threading.Lock()
+        self._sound: list[int] = []
+        self.damaged: dict[BlobId, str] = {}
+
+    def run(self, chosen: npt.NDArray[np.int64]) -> None:
+        """Read the chosen rows of the table, in their order as far as whole runs of a pack allow."""
+        runs = self._runs(chosen)
+
+        def work(stop: threading.Event) -> None:
+            while not stop.is_set():
+                with self._lock:
+                    run = next(runs, None)
+                if run is None or self._late():
+                    return
+                self._verify(run)
+
+        run_workers(work, worker_count())
+        self._note()
+
+    def _late(self) -> bool:
+        return self._deadline_s is not None and self._clock.monotonic_s() >= self._deadline_s
+
+    def _runs(self, chosen: npt.NDArray[np.int64]) -> Iterator[list[int]]:
+        """Rows that lie together, up to 4 MiB a run."""
+        values = self._table.values
+        run: list[int] = []
+        start = end = pack = 0
+        for row in chosen.tolist():
+            offset, size = int(values["offset"][row]), HEADER_BYTES + int(values["stored"][row])
+            together = int(values["pack"][row]) == pack and 0 <= offset - end < HEADER_BYTES * 1024
+            if run and not (together and offset + size - start <= _READ_BYTES):
+                yield run
+                run = []
+            if not run:
+                start, pack = offset, int(values["pack"][row])
+            run.append(row)
+            end = offset + size
+        if run:
+            yield run
+
+    def _verify(self, run: list[int]) -> None:
+        values = self._table.values
+        pack = self._rows.get(int(values["pack"][run[0]]))
+        start = int(values["offset"][run[0]])
+        last = run[-1]
+        length = int(values["offset"][last]) + HEADER_BYTES + int(values["stored"][last]) - start
+        data = self._read(pack, start, length)
+        sound: list[int] = []
+        verified_bytes = 0
+        for row in run:
+            offset, size = int(values["offset"][row]), HEADER_BYTES + int(values["stored"][row])
+            view = memoryview(data)[offset - start : offset - start + size] if data else None
+            problem = self._problem(row, pack, offset, size, view)
+            if problem is None:
+                sound.append(row)
+                verified_bytes += size
+            else:
+                with self._lock:
+                    self.damaged[self._table.id(row)] = problem
+        self._progress.advance(done=length)
+        with self._lock:
+            self._sound += sound
+            self._report.verified_blobs += len(sound)
+            self._report.verified_bytes += verified_bytes
+            full = len(self._sound) >= _NOTE_EVERY
+        if full:
+            self._note()
+
+    def _read(self, pack: PackRow | None, offset: int, length: int) -> bytes | None:
+        if pack is None:
+            return None
+        try:
+            return self._repository.store.storage.read(pack.pack, offset, length)
+        except (PackDamaged, OSError, KeyError):
+            return None
+
+    def _problem(self, row: int, pack: PackRow | None, offset: int, size: int, view: memoryview | None) -> str | None:
+        """What is wrong with one record; None if nothing is."""
+        blob_id = self._table.id(row)
+        if view is None:
+            single = self._read(pack, offset, size)
+            if single is None:
+                return self._moved_or(blob_id, row, "cannot be read")
+            view = memoryview(single)
+        try:
+            record = parse_record(view, at=f"{pack.pack if pack else '?'}:{offset}")
+            if record.id != blob_id:
+                raise BlobDamaged(f"another blob, {record.id.hex()[:16]}, is in its place")
+            decode_record(record)
+        except DataDamage as error:
+            return self._moved_or(blob_id, row, str(error))
+        return None
+
+    def _moved_or(self, blob_id: BlobId, row: int, problem: str) -> str | None:
+        """A gc may have moved or removed the blob since the index was read; then it is not this check's business."""
+        entry = self._repository.store.entries([blob_id]).get(blob_id)
+        values = self._table.values
+        if entry is None or (entry.pack, entry.offset) != (int(values["pack"][row]), int(values["offset"][row])):
+            return None
+        return problem
+
+    def _note(self) -> None:
+        """Write down when the sound ones were verified, and that formerly damaged ones are sound."""
+        with self._lock:
+            rows, self._sound = self._sound, []
+        if not rows or self._repository.read_only:
+            return
+        ids = sorted(self._table.id(row) for row in rows)
+        now_s = self._clock.now_ms() // 1000
+        self._repository.index.write(lambda txn: self._stamp(txn, ids, now_s))
+
+    def _stamp(self, txn: Transaction, ids: Sequence[BlobId], now_s: int) -> None:
+        blobs = self._repository.index.blobs
+        for blob_id in ids:
+            value = txn.get(blob_id, db=blobs)
+            if value is not None:
+                entry = decode_entry(value)
+                state = entry.state & ~STATE_DAMAGED
+                txn.put(blob_id, entry._replace(verified_s=now_s, state=state).encode(), db=blobs)
+
+
+def _read_data(
+    repository: Repository, table: IndexTable, options: CheckOptions, report: CheckReport, progress: Progress
+) -> set[BlobId]:
+    chosen = _choose(table, options, repository.clock.now_ms() // 1000)
+    progress.start("stored data", int(table.records_bytes()[chosen].sum()))
+    reader = _Reader(repository, table, options, report, progress)
+    reader.run(chosen)
+    progress.finish()
+    for blob_id, problem in reader.damaged.items():
+        report.damage(f"blob {blob_id.hex()[:16]}", problem)
+    report.unverified_blobs = len(table) - report.verified_blobs - len(reader.damaged)
+    return set(reader.damaged)
+
+
+def _choose(table: IndexTable, options: CheckOptions, now_s: int) -> npt.NDArray[np.int64]:
+    """Rows to read: all in pack order, or the ones verified longest ago first (a time in the future counts as never)."""
+    stored = table.values["pack"] > 0
+    verified = np.where(table.values["verified"] > now_s, 0, table.values["verified"]).astype(np.int64)
+    if options.older_than_s is not None:
+        stored &= verified <= now_s - options.older_than_s
+    rows = np.flatnonzero(stored)
+    oldest_first = options.subset_percent is not None or options.time_budget_s is not None
+    age = verified[rows] // 3600 if oldest_first else np.zeros(len(rows), np.int64)
+    rows = rows[np.lexsort((table.values["offset"][rows], table.values["pack"][rows], age))]
+    if options.subset_percent is not None:
+        rows = rows[: int(np.ceil(len(rows) * options.subset_percent / 100))]
+    return np.asarray(rows, np.int64)
+
+
+def _conclude(
+    repository: Repository,
+    table: IndexTable,
+    marks: Marks,
+    snapshots: Sequence[Snapshot],
+    damaged: set[BlobId],
+    report: CheckReport,
+) -> None:
+    """Say what the damage means, and note it in the index."""
+    if not damaged:
+        return
+    damage_map = DamageMap(repository, damaged)
+    report.affected = damage_map.affected(snapshots)
+    if not repository.read_only:
+        note_damage(repository, sorted(damaged), damage_map.suspects())
+
+

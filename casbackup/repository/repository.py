@@ -1,0 +1,222 @@
+"""Opening and creating a repository; its parts as attributes.
+
+Locks (``docs/architecture.md`` has the table): every user holds ``locks/repository`` shared; a migration and a rebuild of the
+index hold it exclusively. ``locks/maintenance`` admits one gc, check or repair at a time; backups do not take it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from types import TracebackType
+
+from casbackup.clock import Clock, SystemClock, format_time
+from casbackup.errors import (
+    CasbackupError,
+    NetworkFileSystem,
+    NotARepository,
+    RepositoryBusy,
+    RepositoryExists,
+    RepositoryNotFound,
+    RepositoryReadOnly,
+    TargetUnsuitable,
+)
+from casbackup.fs import FileLock, FileSystem, RealFileSystem, translated, write_durably
+from casbackup.repository.catalog import Catalog
+from casbackup.repository.layout import Layout
+from casbackup.repository.mounts import is_network_file_system
+from casbackup.repository.sessions import Sessions
+from casbackup.spec.config import ChunkerConfig, RepositoryConfig, decode_config, encode_config
+from casbackup.store.blobstore import BlobStore
+from casbackup.store.index import Index
+from casbackup.store.packstorage import FolderPackStorage, PackStorage
+
+
+class Repository:
+    """An open repository. Use as a context manager, or call ``close``."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        config: RepositoryConfig,
+        index: Index,
+        storage: PackStorage,
+        lock: FileLock | None,
+        *,
+        fs: FileSystem,
+        clock: Clock,
+    ) -> None:
+        self.layout = layout
+        self.config = config
+        self.index = index
+        self.fs = fs
+        self.clock = clock
+        self.read_only = index.read_only
+        self.store = BlobStore(index, storage)
+        self.catalog = Catalog(fs, layout, index)
+        self.sessions = Sessions(self)
+        self._lock = lock
+
+    @classmethod
+    def create(
+        cls,
+        path: str,
+        *,
+        chunker: ChunkerConfig | None = None,
+        compression_level: int | None = None,
+        fs: FileSystem | None = None,
+        clock: Clock | None = None,
+    ) -> Repository:
+        """Make a repository in a new or empty folder. config.json comes last, so a half-made one is not taken for one.
+
+        :raise RepositoryExists: when there is one, or any other file.
+        :raise NetworkFileSystem: when the folder is on one.
+        """
+        fs, clock, layout = fs or RealFileSystem(), clock or SystemClock(), Layout(path)
+        if fs.exists(layout.config):
+            raise RepositoryExists(f"there is already a repository in {layout.root}")
+        leftovers = {entry.name for entry in fs.list(layout.root)} if _is_folder(fs, layout.root) else set()
+        if leftovers - {"packs", "snapshots", "index", "locks", "config.json.backup", "lost+found"}:
+            raise RepositoryExists(f"{layout.root} is not empty")
+        if any(True for _ in FolderPackStorage(fs, layout.packs).list()):
+            raise RepositoryExists(f"{layout.root} holds packs of a repository whose config.json is missing")
+        config = RepositoryConfig(secrets.token_hex(16), format_time(clock.now_ms()))
+        if chunker is not None:
+            config = _with(config, chunker=chunker)
+        if compression_level is not None:
+            config = _with(config, compression_level=compression_level)
+        with translated(f"cannot create a repository in {layout.root}"):
+            for folder in (layout.packs, layout.snapshots, layout.index, layout.locks):
+                fs.make_folders(folder)
+            _refuse_network(layout)
+            for name in ("data.mdb", "lock.mdb"):
+                fs.remove(os.path.join(layout.index, name))
+            Index.create(layout.index, config.repository_id).close()
+            write_durably(fs, layout.config_backup, encode_config(config), replace=True)
+            write_durably(fs, layout.config, encode_config(config), replace=True)
+        return cls.open(path, fs=fs, clock=clock)
+
+    @classmethod
+    def open(
+        cls, path: str, *, read_only: bool | None = None, fs: FileSystem | None = None, clock: Clock | None = None
+    ) -> Repository:
+        """Open an existing repository; ``read_only`` None means: as the folder's rights allow.
+
+        :raise RepositoryNotFound: when nothing is there. :raise NotARepository: when something else is.
+        :raise UnsupportedFormat, MigrationNeeded, ConfigDamaged: as its config.json says.
+        :raise IndexMissing, IndexDamaged: when only ``repair --rebuild-index`` helps.
+        """
+        fs, clock, layout = fs or RealFileSystem(), clock or SystemClock(), Layout(path)
+        config = read_config(fs, layout)
+        if read_only is None:
+            read_only = fs.is_read_only(layout.root) or fs.is_read_only(layout.index)
+        lock = lock_repository(fs, layout, shared=True, read_only=read_only)
+        try:
+            if not read_only:
+                _refuse_network(layout)
+            index = Index.open(layout.index, config.repository_id, read_only=read_only)
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
+        return cls(layout, config, index, FolderPackStorage(fs, layout.packs), lock, fs=fs, clock=clock)
+
+    def close(self) -> None:
+        """Let go of the index and the lock. Closing twice is harmless."""
+        if self._lock is not None or self.read_only:
+            self.index.close()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    @contextlib.contextmanager
+    def maintenance(self) -> Iterator[None]:
+        """Be the only gc, check or repair.
+
+        :raise RepositoryBusy: when another one runs.
+        """
+        self.require_writable()
+        lock = self.fs.lock(self.layout.maintenance_lock, shared=False)
+        if lock is None:
+            raise RepositoryBusy(f"another gc, check or repair is working on {self.layout.root}")
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def require_writable(self) -> None:
+        """:raise RepositoryReadOnly: when it was opened for reading."""
+        if self.read_only:
+            raise RepositoryReadOnly(f"{self.layout.root} cannot be written to")
+
+    def __enter__(self) -> Repository:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_config(fs: FileSystem, layout: Layout) -> RepositoryConfig:
+    """The repository's configuration, checked."""
+    return decode_config(read_config_bytes(fs, layout), layout.config)
+
+
+def read_config_bytes(fs: FileSystem, layout: Layout) -> bytes:
+    """:raise RepositoryNotFound: / :raise NotARepository: when there is no config.json."""
+    if not fs.exists(layout.root):
+        raise RepositoryNotFound(f"there is nothing at {layout.root}")
+    try:
+        return fs.read(layout.config)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotARepository(f"{layout.root} is not a casbackup repository") from None
+    except OSError as error:
+        raise RepositoryReadOnly(f"cannot read {layout.config}: {error.strerror}") from error
+
+
+def lock_repository(fs: FileSystem, layout: Layout, *, shared: bool, read_only: bool = False) -> FileLock | None:
+    """Take ``locks/repository``; None when a read-only folder has no such file, where nobody could change anything anyway.
+
+    :raise RepositoryBusy: when somebody holds it against us.
+    """
+    try:
+        with translated(f"cannot lock {layout.root}"):
+            if not read_only:
+                fs.make_folders(layout.locks)
+            lock = fs.lock(layout.repository_lock, shared=shared)
+    except (FileNotFoundError, RepositoryReadOnly):
+        if read_only:
+            return None
+        raise
+    if lock is None:
+        doing = "a migration or a rebuild of the index is running" if shared else "it is in use"
+        raise RepositoryBusy(f"cannot use {layout.root} now: {doing}")
+    return lock
+
+
+def _refuse_network(layout: Layout) -> None:
+    kind = is_network_file_system(layout.index)
+    if kind is not None:
+        raise NetworkFileSystem(f"{layout.index} is on a network file system ({kind})")
+
+
+def _is_folder(fs: FileSystem, path: str) -> bool:
+    if not fs.exists(path):
+        return False
+    try:
+        fs.list(path)
+    except NotADirectoryError:
+        raise TargetUnsuitable(f"{path} is a file, not a folder") from None
+    return True
+
+
+def _with(config: RepositoryConfig, **changes: object) -> RepositoryConfig:
+    from dataclasses import replace  # noqa: PLC0415
+
+    try:
+        return replace(config, **changes)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise CasbackupError(str(error)) from error

@@ -1,0 +1,1 @@
+"""Byte layouts of everything that is persisted or sent; one module per page in ``docs/spec/``."""

@@ -1,0 +1,199 @@
+"""The manifest: one file a snapshot, the source of truth (``docs/spec/manifest.md``).
+
+    off len field                (little-endian)
+      0   8 magic
+      8   2 version              1
+     10   2 flags                zero
+     12   4 body length
+     16   n body                 a msgpack map, see ``Manifest``
+  16+n   32 checksum             BLAKE3 of everything before
+
+The snapshot's id is the BLAKE3 of the whole file. A manifest never changes; pins, and labels and notes changed later, live in
+the sidecar ``<time>.meta`` beside it (JSON, replaced atomically).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from struct import Struct
+from typing import Any, TypeVar
+
+import msgpack
+from blake3 import blake3
+
+from casbackup.errors import ManifestDamaged
+from casbackup.ids import ID_BYTES, BlobId, DiskName, Namespace, SnapshotId, VmName, parse_disk, parse_namespace, parse_vm
+from casbackup.limits import MAX_DISK_BYTES, MAX_MANIFEST_BYTES
+from casbackup.spec.magic import MANIFEST
+
+VERSION = 1
+_HEADER = Struct("<8sHHI")
+_CHECKSUM_BYTES = 32
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class DiskRecord:
+    """One disk: its size, the root of its tree (zero id: all zero), where it was read from (for people)."""
+
+    name: DiskName
+    size_bytes: int
+    root: BlobId
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigRecord:
+    """A named blob of configuration, stored as a blob of kind CONFIG."""
+
+    name: str
+    size_bytes: int
+    id: BlobId
+
+
+@dataclass(frozen=True, slots=True)
+class BackupStats:
+    """What making the snapshot took. Bytes of disk content unless named ``stored``."""
+
+    read_bytes: int = 0
+    zero_bytes: int = 0
+    reused_bytes: int = 0
+    new_bytes: int = 0
+    new_stored_bytes: int = 0
+    new_chunks: int = 0
+    duration_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """All disks of a VM at one instant. ``sequence`` counts a VM's snapshots and orders them even if clocks jump."""
+
+    namespace: Namespace
+    vm: VmName
+    time_ms: int
+    sequence: int
+    disks: tuple[DiskRecord, ...]
+    configs: tuple[ConfigRecord, ...] = ()
+    parent: SnapshotId | None = None
+    labels: tuple[str, ...] = ()
+    notes: str = ""
+    host: str = ""
+    program: str = ""
+    stats: BackupStats = field(default_factory=BackupStats)
+
+    @property
+    def size_bytes(self) -> int:
+        """Logical size: all disks and configs."""
+        return sum(d.size_bytes for d in self.disks) + sum(c.size_bytes for c in self.configs)
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """What may change about a snapshot after it was made; None: as in the manifest."""
+
+    pinned: bool = False
+    labels: tuple[str, ...] | None = None
+    notes: str | None = None
+
+
+def encode_manifest(manifest: Manifest) -> tuple[bytes, SnapshotId]:
+    """The file's bytes and the snapshot's id."""
+    body: bytes = msgpack.packb(_to_map(manifest))
+    head = _HEADER.pack(MANIFEST, VERSION, 0, len(body)) + body
+    data = head + blake3(head).digest()
+    return data, SnapshotId(blake3(data).hexdigest())
+
+
+def decode_manifest(data: bytes, origin: str) -> tuple[Manifest, SnapshotId]:
+    """Parse, verify and check a manifest file; ``origin`` names it in errors.
+
+    :raise ManifestDamaged: when anything about it is wrong.
+    """
+    if len(data) < _HEADER.size + _CHECKSUM_BYTES or len(data) > MAX_MANIFEST_BYTES:
+        raise ManifestDamaged(f"manifest {origin} has an impossible size of {len(data)} bytes")
+    magic, version, flags, length = _HEADER.unpack_from(data)
+    if magic != MANIFEST or version != VERSION or flags or length != len(data) - _HEADER.size - _CHECKSUM_BYTES:
+        raise ManifestDamaged(f"manifest {origin} does not start like one")
+    if blake3(data[:-_CHECKSUM_BYTES]).digest() != data[-_CHECKSUM_BYTES:]:
+        raise ManifestDamaged(f"manifest {origin} fails its checksum")
+    try:
+        body = msgpack.unpackb(data[_HEADER.size : -_CHECKSUM_BYTES])
+        manifest = _from_map(body)
+    except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
+        raise ManifestDamaged(f"manifest {origin} is not understood: {error}") from error
+    return manifest, SnapshotId(blake3(data).hexdigest())
+
+
+def encode_sidecar(sidecar: Sidecar) -> bytes:
+    content = {"pinned": sidecar.pinned, "labels": sidecar.labels, "notes": sidecar.notes}
+    return json.dumps(content, indent=1).encode() + b"\n"
+
+
+def decode_sidecar(data: bytes, origin: str) -> Sidecar:
+    """:raise ManifestDamaged: when it is not a sidecar."""
+    try:
+        content = json.loads(data)
+        labels = None if content["labels"] is None else tuple(_typed(label, str) for label in content["labels"])
+        notes = None if content["notes"] is None else _typed(content["notes"], str)
+        return Sidecar(_typed(content["pinned"], bool), labels, notes)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ManifestDamaged(f"{origin} is not understood: {error}") from error
+
+
+def _to_map(manifest: Manifest) -> dict[str, Any]:
+    stats = manifest.stats
+    return {
+        "namespace": manifest.namespace,
+        "vm": manifest.vm,
+        "time_ms": manifest.time_ms,
+        "sequence": manifest.sequence,
+        "disks": [[d.name, d.size_bytes, d.root, d.source] for d in manifest.disks],
+        "configs": [[c.name, c.size_bytes, c.id] for c in manifest.configs],
+        "parent": manifest.parent,
+        "labels": list(manifest.labels),
+        "notes": manifest.notes,
+        "host": manifest.host,
+        "program": manifest.program,
+        "stats": {name: getattr(stats, name) for name in BackupStats.__slots__},
+    }
+
+
+def _from_map(body: Mapping[str, Any]) -> Manifest:
+    parent = body["parent"]
+    return Manifest(
+        namespace=parse_namespace(_typed(body["namespace"], str)),
+        vm=parse_vm(_typed(body["vm"], str)),
+        time_ms=_typed(body["time_ms"], int),
+        sequence=_typed(body["sequence"], int),
+        disks=tuple(_disk(*fields) for fields in body["disks"]),
+        configs=tuple(ConfigRecord(_typed(n, str), _typed(s, int), _blob_id(i)) for n, s, i in body["configs"]),
+        parent=None if parent is None else SnapshotId(_typed(parent, str)),
+        labels=tuple(_typed(label, str) for label in body["labels"]),
+        notes=_typed(body["notes"], str),
+        host=_typed(body["host"], str),
+        program=_typed(body["program"], str),
+        stats=BackupStats(**{name: _typed(body["stats"].get(name, 0), int) for name in BackupStats.__slots__}),
+    )
+
+
+def _disk(name: object, size_bytes: object, root: object, source: object) -> DiskRecord:
+    size = _typed(size_bytes, int)
+    if not 0 <= size <= MAX_DISK_BYTES:
+        raise ValueError(f"a disk of {size} bytes")
+    return DiskRecord(parse_disk(_typed(name, str)), size, _blob_id(root), _typed(source, str))
+
+
+def _blob_id(value: object) -> BlobId:
+    raw = _typed(value, bytes)
+    if len(raw) != ID_BYTES:
+        raise ValueError(f"an id of {len(raw)} bytes")
+    return BlobId(raw)
+
+
+def _typed(value: object, kind: type[T]) -> T:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} where {kind.__name__} was expected")
+    return value

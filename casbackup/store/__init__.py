@@ -1,0 +1,1 @@
+"""Blobs in packs, found through an LMDB index."""

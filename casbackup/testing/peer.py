@@ -1,0 +1,425 @@
+"""Conformance suite of the Peer port.
+
+    for name, check in PeerConformance(opened).checks():
+        check()
+
+``opened()`` returns a context manager that gives a peer of an empty repository. No test framework is needed.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+
+from casbackup.codec.records import decode_record, encode_blob
+from casbackup.errors import (
+    BlobMissing,
+    ClosureViolation,
+    DataDamage,
+    SessionBusy,
+    SessionNotFound,
+    SnapshotAmbiguous,
+    SnapshotNotFound,
+)
+from casbackup.ids import DEFAULT_NAMESPACE, ZERO_ID, BlobId, DiskName, Namespace, SessionId, VmName
+from casbackup.limits import SEGMENT_BYTES
+from casbackup.peer.api import Peer, PeerSession
+from casbackup.repository.catalog import Snapshot
+from casbackup.spec.manifest import ConfigRecord, DiskRecord, Manifest
+from casbackup.spec.node import Extent, encode_inner, encode_leaf, zero_extent
+from casbackup.spec.record import BlobKind, Record
+
+Opened = Callable[[], AbstractContextManager[Peer]]
+
+VM = VmName("vm/100")
+OTHER_VM = VmName("vm/web01")
+TIME_MS = 1_795_000_000_000
+_LEVEL = 2
+
+
+class PeerConformance:
+    """All the checks of one implementation."""
+
+    def __init__(self, opened: Opened) -> None:
+        self._opened = opened
+
+    def checks(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """Name and function of each check."""
+        for name in sorted(dir(self)):
+            if name.startswith("check_"):
+                yield name.removeprefix("check_"), getattr(self, name)
+
+    def run(self) -> None:
+        """All checks, one after the other."""
+        for _name, check in self.checks():
+            check()
+
+    # --- storing
+
+    def check_everything_is_missing_at_first(self) -> None:
+        with self._opened() as peer:
+            ids = [chunk(b"a").id, chunk(b"b").id]
+            session = _session(peer)
+            assert session.missing(ids) == set(ids)
+            assert session.missing([]) == set()
+            session.abort()
+
+    def check_what_was_sent_is_not_missing(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            a, b, c = chunk(b"a" * 5000), chunk(random.Random(1).randbytes(5000)), chunk(b"c")
+            session.send([a, b])
+            assert session.missing([a.id, b.id, c.id]) == {c.id}
+            session.flush()
+            assert session.missing([a.id, b.id, c.id]) == {c.id}
+            session.abort()
+
+    def check_sending_counts_what_is_new(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            a, b = chunk(b"a" * 5000), chunk(random.Random(1).randbytes(5000))
+            first = session.send([a, b])
+            assert (first.blobs, first.plain_bytes) == (2, 10_000)
+            assert first.stored_bytes == a.total_bytes + b.total_bytes
+            again = session.send([b, a])
+            assert (again.blobs, again.plain_bytes, again.stored_bytes) == (0, 0, 0)
+            session.abort()
+
+    def check_flushed_blobs_are_there_for_other_sessions(self) -> None:
+        with self._opened() as peer:
+            one, two = _session(peer), _session(peer)
+            record = chunk(b"shared")
+            one.send([record])
+            one.flush()
+            assert two.missing([record.id]) == set()
+            one.abort()
+            two.abort()
+
+    def check_two_sessions_send_the_same(self) -> None:
+        with self._opened() as peer:
+            one, two = _session(peer), _session(peer)
+            records = [chunk(b"%d" % n * 1000) for n in range(10)]
+            records.append(leaf([Extent(4000, 0, r.id) for r in records[:1]], 1000))
+            one.send(records)
+            two.send(records)
+            assert two.missing([r.id for r in records]) == set()
+            one.commit(_manifest([("a", 1000, records[-1].id)]))
+            two.commit(_manifest([("a", 1000, records[-1].id)], vm=OTHER_VM))
+            assert all(isinstance(r, Record) for _, r in peer.fetch([r.id for r in records]))
+
+    def check_sending_from_several_threads(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            records = [chunk(random.Random(n).randbytes(3000)) for n in range(200)]
+            counts: list[int] = []
+
+            def send(part: Sequence[Record]) -> None:
+                counts.append(sum(session.send([record]).blobs for record in part))
+                assert session.missing([r.id for r in part]) == set()
+
+            threads = [threading.Thread(target=send, args=(records[n * 30 : n * 30 + 80],)) for n in range(5)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            session.flush()
+            assert sum(counts) == 200
+            assert {blob for blob, record in _fetched(peer, records)} == {r.id for r in records}
+            session.abort()
+
+    # --- closure
+
+    def check_a_leaf_of_unknown_chunks_is_refused(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            known, unknown = chunk(b"k" * 4096), chunk(b"u" * 4096)
+            session.send([known])
+            bad = leaf([Extent(4096, 0, known.id), Extent(4096, 0, unknown.id)])
+            assert _raises(ClosureViolation, lambda: session.send([bad]))
+            assert session.missing([bad.id]) == {bad.id}
+            session.send([unknown, bad])
+            assert session.missing([bad.id]) == set()
+            session.abort()
+
+    def check_a_slice_beyond_the_end_of_its_chunk_is_refused(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            record = chunk(b"k" * 4096)
+            session.send([record])
+            assert _raises(ClosureViolation, lambda: session.send([leaf([Extent(4096, 1, record.id)])]))
+            session.flush()
+            assert _raises(ClosureViolation, lambda: session.send([leaf([Extent(4097, 0, record.id)])]))
+            session.send([leaf([Extent(4095, 1, record.id)])])
+            session.abort()
+
+    def check_an_inner_node_of_unknown_children_is_refused(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            record = chunk(b"k" * 4096)
+            child = full_leaf(record)
+            bad = inner(1, [ZERO_ID, child.id])
+            session.send([record])
+            assert _raises(ClosureViolation, lambda: session.send([bad]))
+            session.send([child, bad])
+            session.abort()
+
+    def check_kinds_are_not_confused(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            record = chunk(b"k" * 4096)
+            child = full_leaf(record)
+            session.send([record, child])
+            assert _raises(ClosureViolation, lambda: session.send([inner(1, [record.id])]))
+            assert _raises(ClosureViolation, lambda: session.send([leaf([Extent(40, 0, child.id)])]))
+            session.abort()
+
+    def check_a_node_with_a_wrong_id_is_refused(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            record = chunk(b"k" * 4096)
+            session.send([record])
+            right, other = full_leaf(record), leaf([Extent(4096, 0, record.id)])
+            wrong = right._replace(id=other.id)
+            assert _raises(DataDamage, lambda: session.send([wrong]))
+            assert session.missing([other.id]) == {other.id}
+            session.abort()
+
+    def check_a_commit_without_its_root_is_refused(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            draft = _manifest([("a", 4096, chunk(b"never sent").id)])
+            assert _raises(ClosureViolation, lambda: session.commit(draft))
+            assert peer.snapshots() == []
+            session.abort()
+
+    def check_a_commit_without_its_config_is_refused(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            config = ConfigRecord("qemu.conf", 3, encode_blob(BlobKind.CONFIG, b"abc", _LEVEL).id)
+            assert _raises(ClosureViolation, lambda: session.commit(_manifest([], configs=(config,))))
+            session.abort()
+
+    # --- snapshots
+
+    def check_a_snapshot_is_visible_after_its_commit(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            draft = stored_disk(session, b"x" * 4096)
+            assert peer.snapshots() == []
+            snapshot = session.commit(draft)
+            assert peer.snapshots() == [snapshot]
+            assert (snapshot.manifest.sequence, snapshot.manifest.parent) == (1, None)
+            assert snapshot.manifest.disks == draft.disks
+
+    def check_sequence_and_parent_are_filled_in(self) -> None:
+        with self._opened() as peer:
+            first = committed(peer, b"1")
+            other = committed(peer, b"1", vm=OTHER_VM)
+            second = committed(peer, b"2", time_ms=TIME_MS - 10 * 365 * 86_400_000)
+            assert (second.manifest.sequence, second.manifest.parent) == (2, first.id)
+            assert (other.manifest.sequence, other.manifest.parent) == (1, None)
+            assert [s.id for s in peer.snapshots(vm=VM)] == [first.id, second.id]
+            assert peer.find("vm/100", DEFAULT_NAMESPACE).id == second.id
+
+    def check_equal_times_are_moved_on(self) -> None:
+        with self._opened() as peer:
+            times = [committed(peer, b"%d" % n).manifest.time_ms for n in range(4)]
+            assert times == [TIME_MS + n for n in range(4)]
+
+    def check_everything_in_a_manifest_comes_back(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            config = encode_blob(BlobKind.CONFIG, b"name: \xff\0web\n", _LEVEL)
+            session.send([config])
+            draft = Manifest(
+                Namespace("acme/prod"),
+                VM,
+                TIME_MS,
+                0,
+                disks=(DiskRecord(DiskName("scsi0"), 3 * SEGMENT_BYTES + 1, ZERO_ID, "/dev/vg/ä"),),
+                configs=(ConfigRecord("qemu.conf", 11, config.id),),
+                labels=("daily", "a:b"),
+                notes="Grüße\n",
+                host="host1",
+                program="test",
+            )
+            snapshot = session.commit(draft)
+            found = peer.snapshots(Namespace("acme/prod"))[0]
+            assert found == snapshot
+            assert found.manifest.disks == draft.disks
+            assert found.manifest.configs == draft.configs
+            assert (found.labels, found.notes) == (draft.labels, draft.notes)
+            assert peer.snapshots(DEFAULT_NAMESPACE) == []
+            assert dict(_fetched_plain(peer, [config.id])) == {config.id: b"name: \xff\0web\n"}
+
+    def check_listing_by_namespace_and_vm(self) -> None:
+        with self._opened() as peer:
+            acme = Namespace("acme/prod")
+            for number, (namespace, vm) in enumerate(
+                [(DEFAULT_NAMESPACE, OTHER_VM), (acme, VM), (DEFAULT_NAMESPACE, VM), (acme, VM)]
+            ):
+                committed(peer, b"%d" % number, namespace=namespace, vm=vm, time_ms=TIME_MS + number)
+            keys = [(s.manifest.namespace, s.manifest.vm, s.manifest.sequence) for s in peer.snapshots()]
+            assert keys == [
+                (acme, VM, 1),
+                (acme, VM, 2),
+                (DEFAULT_NAMESPACE, VM, 1),
+                (DEFAULT_NAMESPACE, OTHER_VM, 1),
+            ]
+            assert len(peer.snapshots(acme)) == 2
+            assert len(peer.snapshots(vm=VM)) == 3
+            assert len(peer.snapshots(acme, OTHER_VM)) == 0
+
+    def check_finding(self) -> None:
+        with self._opened() as peer:
+            first, second = committed(peer, b"1"), committed(peer, b"2", time_ms=TIME_MS + 60_000)
+            stamp = first.reference.partition("@")[2]
+            for reference, expected in (
+                ("vm/100", second),
+                ("vm/100@latest", second),
+                (first.reference, first),
+                (f"vm/100@{stamp[:19]}Z", first),
+                (first.id, first),
+                (second.id[:12], second),
+                (f"default:vm/100@{second.id[:12]}", second),
+            ):
+                assert peer.find(reference, DEFAULT_NAMESPACE).id == expected.id, reference
+            for reference in ("vm/101", "vm/100@1999-01-01T00:00:00Z", "0000000000000000", "acme:vm/100"):
+                find = partial(peer.find, reference, DEFAULT_NAMESPACE)
+                assert _raises(SnapshotNotFound, find), reference
+            assert _raises(SnapshotAmbiguous, lambda: peer.find(f"vm/100@{stamp[:4]}", DEFAULT_NAMESPACE))
+
+    # --- sessions
+
+    def check_ended_sessions_have_ended(self) -> None:
+        with self._opened() as peer:
+            gone, done = _session(peer), _session(peer)
+            gone.send([chunk(b"x")])
+            gone.abort()
+            gone.abort()
+            done.commit(_manifest([]))
+            done.park()
+            for session in (gone, done):
+                assert _raises(SessionNotFound, partial(session.commit, _manifest([])))
+                assert _raises(SessionNotFound, partial(peer.resume_session, session.id))
+            assert _raises(SessionNotFound, lambda: peer.resume_session(SessionId("0" * 32)))
+
+    def check_a_parked_session_goes_on(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            draft = stored_disk(session, b"resumed" * 1000)
+            session.flush()
+            session.park()
+            again = peer.resume_session(session.id)
+            assert again.id == session.id
+            assert again.missing([draft.disks[0].root]) == set()
+            assert again.commit(draft).manifest.disks == draft.disks
+
+    def check_a_session_has_one_user(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            assert _raises(SessionBusy, lambda: peer.resume_session(session.id))
+            session.park()
+            again = peer.resume_session(session.id)
+            assert _raises(SessionBusy, lambda: peer.resume_session(session.id))
+            again.abort()
+
+    # --- reading
+
+    def check_fetching(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            plain = {
+                chunk(p).id: p for p in (random.Random(n).randbytes(1 + n * 37 % 9000) for n in range(1500))
+            }
+            session.send([chunk(p) for p in plain.values()])
+            session.flush()
+            unknown = chunk(b"unknown").id
+            found = dict(peer.fetch([*plain, unknown]))
+            assert isinstance(found.pop(unknown), BlobMissing)
+            assert {i: bytes(decode_record(r)) for i, r in found.items() if isinstance(r, Record)} == plain
+            assert list(peer.fetch([])) == []
+            session.abort()
+
+    def check_reading_keeps_nothing_from_working(self) -> None:
+        with self._opened() as peer:
+            snapshot = committed(peer, b"x" * 4096)
+            with peer.reading(snapshot), peer.reading(snapshot):
+                assert _fetched_plain(peer, [snapshot.manifest.disks[0].root])
+                committed(peer, b"y" * 4096)
+            assert len(peer.snapshots()) == 2
+
+
+def chunk(plain: bytes) -> Record:
+    return encode_blob(BlobKind.CHUNK, plain, _LEVEL)
+
+
+def leaf(extents: Sequence[Extent], span: int | None = None) -> Record:
+    """The leaf of these extents; with ``span``, only of their first bytes."""
+    if span is not None:
+        extents = [extents[0]._replace(length=span)]
+    return encode_blob(BlobKind.NODE, encode_leaf(extents), _LEVEL)
+
+
+def full_leaf(record: Record) -> Record:
+    """A leaf of a whole segment: the chunk, and zeros."""
+    return leaf([Extent(record.plain_length, 0, record.id), zero_extent(SEGMENT_BYTES - record.plain_length)])
+
+
+def inner(level: int, children: Sequence[BlobId]) -> Record:
+    return encode_blob(BlobKind.NODE, encode_inner(level, children), _LEVEL)
+
+
+def stored_disk(session: PeerSession, content: bytes, **fields: object) -> Manifest:
+    """Send a disk of one chunk, and give the draft of its snapshot."""
+    record = chunk(content)
+    node = leaf([Extent(len(content), 0, record.id)])
+    session.send([record, node])
+    return _manifest([("scsi0", len(content), node.id)], **fields)
+
+
+def committed(
+    peer: Peer,
+    content: bytes,
+    *,
+    vm: VmName = VM,
+    namespace: Namespace = DEFAULT_NAMESPACE,
+    time_ms: int = TIME_MS,
+) -> Snapshot:
+    """A snapshot of a disk of one chunk."""
+    session = peer.open_session(namespace, vm)
+    return session.commit(stored_disk(session, content, vm=vm, namespace=namespace, time_ms=time_ms))
+
+
+def _manifest(disks: Sequence[tuple[str, int, BlobId]], **fields: object) -> Manifest:
+    values: dict[str, object] = {
+        "namespace": DEFAULT_NAMESPACE,
+        "vm": VM,
+        "time_ms": TIME_MS,
+        "sequence": 0,
+        "disks": tuple(DiskRecord(DiskName(name), size, root) for name, size, root in disks),
+    }
+    return Manifest(**{**values, **fields})  # type: ignore[arg-type]
+
+
+def _session(peer: Peer) -> PeerSession:
+    return peer.open_session(DEFAULT_NAMESPACE, VM)
+
+
+def _fetched(peer: Peer, records: Sequence[Record]) -> list[tuple[BlobId, Record]]:
+    return [(i, r) for i, r in peer.fetch([record.id for record in records]) if isinstance(r, Record)]
+
+
+def _fetched_plain(peer: Peer, ids: Sequence[BlobId]) -> list[tuple[BlobId, bytes]]:
+    return [(i, bytes(decode_record(r))) for i, r in peer.fetch(ids) if isinstance(r, Record)]
+
+
+def _raises(kind: type[Exception], action: Callable[[], object]) -> bool:
+    try:
+        action()
+    except kind:
+        return True
+    return False

@@ -1,0 +1,1 @@
+"""The ``casbackup`` command line: parses what was asked, calls the library, shows the outcome."""

@@ -1,0 +1,7 @@
+"""``python -m casbackup_client``."""
+
+import sys
+
+from casbackup_client.main import main
+
+sys.exit(main())

@@ -1,0 +1,103 @@
+"""What the global options ask for, and what commands get by it: the repository, a place for results, a progress display.
+
+Whence the repository: ``-r``, then ``--profile``, then ``CASBACKUP_REPOSITORY``, then the ``default-profile`` of the configuration file.
+A namespace comes from ``--namespace``, then ``--profile``, then ``CASBACKUP_NAMESPACE``, then the default profile if that is in use.
+The file is only read when its profiles matter: a backup whose repository is named otherwise does not wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from casbackup.errors import UsageError
+from casbackup_client.output import Output, is_terminal
+
+if TYPE_CHECKING:
+    from casbackup.ids import Namespace
+    from casbackup.peer.local import LocalPeer
+    from casbackup.progress import Progress
+    from casbackup.repository.repository import Repository
+    from casbackup_client.config_file import Profile
+
+
+class App:
+    """One run of the command. The attributes are set by the global options, wherever they stand."""
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self.environment = os.environ if environment is None else environment
+        self.repository_option: str | None = None
+        self.profile_option: str | None = None
+        self.namespace_option: str | None = None
+        self.json = False
+        self.quiet = False
+        self.verbose = False
+
+    @cached_property
+    def output(self) -> Output:
+        return Output(json=self.json, quiet=self.quiet)
+
+    @property
+    def repository_path(self) -> str:
+        """:raise UsageError: when nothing says which repository is meant."""
+        path = self.repository_option or self._setting("repository", "CASBACKUP_REPOSITORY")
+        if not path:
+            raise UsageError("no repository is named: give -r PATH, set CASBACKUP_REPOSITORY, or use a profile")
+        return path
+
+    @property
+    def namespace(self) -> Namespace:
+        """:raise InvalidName: when the name is none."""
+        from casbackup.ids import DEFAULT_NAMESPACE, parse_namespace
+
+        name = self.namespace_option or self._setting("namespace", "CASBACKUP_NAMESPACE")
+        return parse_namespace(name) if name else DEFAULT_NAMESPACE
+
+    @contextlib.contextmanager
+    def repository(self, *, read_only: bool | None = None) -> Iterator[Repository]:
+        """The open repository. ``read_only`` None: as its folder's rights allow."""
+        from casbackup.repository.repository import Repository
+
+        with Repository.open(self.repository_path, read_only=read_only) as repository:
+            yield repository
+
+    @contextlib.contextmanager
+    def peer(self) -> Iterator[LocalPeer]:
+        """The repository as jobs want it."""
+        from casbackup.peer.local import LocalPeer
+
+        with self.repository() as repository:
+            yield LocalPeer(repository)
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """A progress display if somebody is there to see it."""
+        if self.quiet or not is_terminal(2):
+            from casbackup.progress import NoProgress
+
+            yield NoProgress()
+            return
+        from casbackup_client.progress import TerminalProgress
+
+        with TerminalProgress() as display:
+            yield display
+
+    def _setting(self, key: str, variable: str) -> str | None:
+        """A setting from the profile and the environment: what the command line names comes first."""
+        profile = self._profile
+        in_profile: str | None = None if profile is None else getattr(profile, key)
+        in_environment = self.environment.get(variable)
+        return (in_profile or in_environment) if self.profile_option else (in_environment or in_profile)
+
+    @cached_property
+    def _profile(self) -> Profile | None:
+        """The profile in use: the one named, or the default one when nothing else names a repository."""
+        named = self.repository_option or self.environment.get("CASBACKUP_REPOSITORY")
+        if self.profile_option is None and named:
+            return None
+        from casbackup_client.config_file import find_profile
+
+        return find_profile(self.profile_option, self.environment)

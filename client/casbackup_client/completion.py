@@ -1,0 +1,43 @@
+"""What a shell offers at TAB beyond options: VMs, snapshots and profiles. Failures offer nothing, silently."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from casbackup.errors import CasbackupError
+from casbackup_client.app import App
+
+_ID_DIGITS = 8
+
+
+@contextlib.contextmanager
+def _silently() -> Iterator[None]:
+    with contextlib.suppress(CasbackupError, OSError):
+        yield
+
+
+def profiles(incomplete: str) -> list[str]:
+    found: set[str] = set()
+    with _silently():
+        from casbackup_client.config_file import read_files
+
+        found = {name for file in read_files(os.environ) for name in file.profiles}
+    return sorted(name for name in found if name.startswith(incomplete))
+
+
+def vms(app: App, incomplete: str) -> list[str]:
+    found: set[str] = set()
+    with _silently(), app.repository() as repository:
+        found = {snapshot.manifest.vm for snapshot in repository.catalog.survey(app.namespace)[0]}
+    return sorted(name for name in found if name.startswith(incomplete))
+
+
+def references(app: App, incomplete: str) -> list[str]:
+    """VMs, and ids once some digits are there. Times are not offered: shells break words at their colons."""
+    found: set[str] = set()
+    with _silently(), app.repository() as repository:
+        for snapshot in repository.catalog.survey(app.namespace)[0]:
+            found |= {snapshot.manifest.vm, snapshot.id[: max(_ID_DIGITS, len(incomplete))] if incomplete else ""}
+    return sorted(name for name in found - {""} if name.startswith(incomplete))

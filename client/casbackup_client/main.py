@@ -1,0 +1,58 @@
+"""The edge of the process: arguments in, exit status out. Every failure ends here, as text or as JSON."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from casbackup.errors import CasbackupError, ExitStatus
+from casbackup_client.app import App
+from casbackup_client.cli import cli
+from casbackup_client.failures import as_failure, report
+from casbackup_client.signals import signals_raise
+
+_OUTPUT_CLOSED = 141
+"""What a shell shows for a program that SIGPIPE ended, as it ends most others whose reader has gone."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``casbackup ARGUMENTS`` (default: those of the process) and return its exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    _tolerate_any_text()
+    app = App()
+    try:
+        with signals_raise():
+            status = cli.main(given or ["--help"], prog_name="casbackup", standalone_mode=False, obj=app)
+            sys.stdout.flush()
+            return status if isinstance(status, int) else ExitStatus.OK
+    except SystemExit as request:  # click ends a shell completion so
+        return request.code if isinstance(request.code, int) else ExitStatus.FAILED
+    except BrokenPipeError:
+        _forget_output()
+        return _OUTPUT_CLOSED
+    except (CasbackupError, click.ClickException, OSError, KeyboardInterrupt) as error:
+        return report(as_failure(error), json=app.json or "--json" in given)
+    except Exception as error:  # noqa: BLE001  the last one who can say anything
+        return report(as_failure(error), json=app.json or "--json" in given)
+
+
+def _tolerate_any_text() -> None:
+    """File names need not be valid text, and a terminal may know few characters: that must not end a backup."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+
+
+def _forget_output() -> None:
+    """Nobody reads the output any more: what is left of it must not fail once more at the exit."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)

@@ -1,0 +1,1 @@
+"""Upgrades of a repository from one format version to the next."""
