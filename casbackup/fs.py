@@ -21,6 +21,10 @@ from casbackup.errors import CasbackupError, RepositoryBusy, RepositoryFull, Rep
 Buffer = bytes | bytearray | memoryview
 
 
+_MAX_BUFFERS = 1024
+"""Linux's IOV_MAX."""
+
+
 class FolderEntry(NamedTuple):
     name: str
     is_folder: bool
@@ -102,13 +106,13 @@ class RealFile:
         self._descriptor = descriptor
 
     def write(self, buffers: Sequence[Buffer]) -> None:
-        rest = [memoryview(b) for b in buffers if len(b)]
-        while rest:
-            written = os.writev(self._descriptor, rest[:512])
-            while rest and written >= len(rest[0]):
-                written -= len(rest.pop(0))
-            if written:
-                rest[0] = rest[0][written:]
+        for start in range(0, len(buffers), _MAX_BUFFERS):
+            batch = buffers[start : start + _MAX_BUFFERS]
+            written = os.writev(self._descriptor, batch)
+            if written < (total := sum(map(len, batch))):
+                rest = memoryview(b"".join(batch))
+                while written < total:
+                    written += os.write(self._descriptor, rest[written:])
 
     def read_at(self, offset: int, length: int) -> bytes:
         data = os.pread(self._descriptor, length, offset)

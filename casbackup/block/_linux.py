@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -48,6 +47,8 @@ def discard_blocks(descriptor: int, offset: int, length: int) -> None:
 
 
 def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> bool:
+    import ctypes  # noqa: PLC0415  5 ms that a backup need not spend
+
     while _libc_fallocate()(descriptor, mode, offset, length) != 0:
         code = ctypes.get_errno()
         if code in _UNSUPPORTED:
@@ -60,6 +61,8 @@ def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> bool:
 @cache
 def _libc_fallocate() -> Callable[[int, int, int, int], int]:
     """The C library's fallocate with 64-bit offsets; that of ``os`` cannot punch holes."""
+    import ctypes  # noqa: PLC0415
+
     libc = ctypes.CDLL(None, use_errno=True)
     function = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
     if function is None:
@@ -70,6 +73,8 @@ def _libc_fallocate() -> Callable[[int, int, int, int], int]:
 
 
 def _no_fallocate(_descriptor: int, _mode: int, _offset: int, _length: int) -> int:
+    import ctypes  # noqa: PLC0415
+
     ctypes.set_errno(errno.ENOSYS)
     return -1
 

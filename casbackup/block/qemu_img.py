@@ -12,6 +12,8 @@ from casbackup.errors import SourceNotFound, ToolFailed, ToolMissing
 
 _TIMEOUT_S = 60.0
 """For commands that only touch metadata."""
+_CREATE_OPTIONS = {"vpc": ("-o", "force_size=on")}
+"""Without it a vpc gets the next size that cylinders, heads and sectors can express."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ def create(path: str, image_format: str, size_bytes: int) -> None:
     :raise ToolMissing: when qemu-img is not installed.
     :raise ToolFailed: when it refuses, for instance because the disk is full.
     """
-    run_tool(["qemu-img", "create", "-q", "-f", image_format, local_name(path), str(size_bytes)])
+    options = ("-q", "-f", image_format, *_CREATE_OPTIONS.get(image_format, ()))
+    run_tool(["qemu-img", "create", *options, local_name(path), str(size_bytes)])
 
 
 def local_name(path: str) -> str:

@@ -38,17 +38,27 @@ _SOCKET = "nbd.sock"
 _MESSAGES = "stderr"
 
 # $1: the folder; the rest: the command. The shell becomes qemu-nbd, whose process id therefore is $$ and ours
-# to wait for. A line on the pipe says that all is well and over, the end of the pipe that we are dead.
+# to wait for. A line on the pipe says that all is well and over, the end of the pipe that we are dead. One
+# SIGTERM is not enough then: qemu-nbd forgets those that come while it starts.
 _LAUNCHER = f"""
 folder=$1
 shift
+clean() {{
+    rm -f "$folder/{_SOCKET}" "$folder/{_MESSAGES}"
+    rmdir "$folder"
+}}
 exec 3<&0 </dev/null
 (
     trap '' HUP INT
     if ! read line <&3; then
-        kill $$
-        rm -f "$folder/{_SOCKET}" "$folder/{_MESSAGES}"
-        rmdir "$folder"
+        tries=0
+        while kill $$ && [ $tries -lt 50 ]; do
+            clean
+            sleep 0.1
+            tries=$((tries + 1))
+        done
+        kill -9 $$
+        clean
     fi
 ) >/dev/null 2>&1 &
 exec 3<&-
@@ -122,10 +132,8 @@ class QemuNbd:
         """End it now, and clean up. Nothing is promised about the image then; for readers that is no loss."""
         if self._lifeline < 0:
             return
-        self._process.terminate()
-        if not self._ended_within(5.0):
-            self._process.kill()
-            self._process.wait()
+        self._process.kill()
+        self._process.wait()
         with contextlib.suppress(OSError):
             os.write(self._lifeline, b"\n")
         os.close(self._lifeline)

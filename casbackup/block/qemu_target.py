@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from casbackup.block import qemu_img
+from casbackup.block.align import byte_addressable
 from casbackup.block.guard import Guarded
 from casbackup.block.pending import PendingFile
 from casbackup.block.qemu_nbd import QemuImage
@@ -29,4 +30,4 @@ def create_image_target(
     except BaseException:
         pending.discard()
         raise
-    return Target(Guarded(device), pending=pending, starts_zero=True)
+    return Target(Guarded(byte_addressable(device)), pending=pending, starts_zero=True)

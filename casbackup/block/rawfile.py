@@ -83,7 +83,7 @@ class RawFile(Closing):
     def write(self, offset: int, data: Buffer) -> None:
         """:raise TargetUnwritable: when the system refuses, for instance because it is full."""
         view = memoryview(data)
-        with self._writing(offset):
+        with self._writing(f"writing at byte {offset}"):
             while view:
                 written = os.pwrite(self._descriptor, view, offset)
                 offset += written
@@ -91,12 +91,12 @@ class RawFile(Closing):
 
     def write_zeros(self, offset: int, length: int, *, may_trim: bool = True) -> None:
         """By punching a hole or by allocating zeros; where the storage knows neither, by writing them."""
-        with self._writing(offset):
+        with self._writing(f"zeroing at byte {offset}"):
             for start in range(offset, offset + length, _ZERO_STEP_BYTES):
                 self._zero_step(start, min(_ZERO_STEP_BYTES, offset + length - start), may_trim)
 
     def discard(self, offset: int, length: int) -> None:
-        with self._writing(offset):
+        with self._writing(f"discarding at byte {offset}"):
             if self._is_device:
                 _linux.discard_blocks(self._descriptor, offset, length)
             else:
@@ -104,7 +104,7 @@ class RawFile(Closing):
 
     def flush(self) -> None:
         """:raise TargetUnwritable: also for earlier writes that the system could not bring to the disk."""
-        with self._writing(0):
+        with self._writing("flushing"):
             os.fsync(self._descriptor)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
@@ -117,9 +117,11 @@ class RawFile(Closing):
         return None if now == self._opened_size_bytes else now
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """:raise TargetUnwritable: where only closing tells that a write failed, as on NFS."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with self._writing("closing"):
+                os.close(descriptor)
 
     def __del__(self) -> None:
         self.close()
@@ -175,12 +177,11 @@ class RawFile(Closing):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     @contextlib.contextmanager
-    def _writing(self, offset: int) -> Iterator[None]:
+    def _writing(self, what: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            what = f"{self._path}: writing at byte {offset} failed"
-            raise TargetUnwritable(f"{what}: {error.strerror}") from error
+            raise TargetUnwritable(f"{self._path}: {what} failed: {error.strerror}") from error
 
     def _unreadable(self, offset: int, error: OSError) -> CasbackupError:
         return SourceUnreadable(f"{self._path}: reading at byte {offset} failed: {error.strerror}")

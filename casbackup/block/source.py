@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import stat
 
+from casbackup.block.align import byte_addressable
 from casbackup.block.device import BlockDevice, read_bytes
 from casbackup.block.guard import Guarded
 from casbackup.block.rawfile import RawFile
@@ -44,7 +45,7 @@ _ALWAYS_MARKED = ("qcow2", "vhdx", "vdi", "vpc")
 
 
 def open_source(spec: str, *, format: str | None = None) -> BlockDevice:
-    """Open a path, or an ``nbd://`` or ``nbd+unix://`` URI, read-only and guarded.
+    """Open a path, or an ``nbd://`` or ``nbd+unix://`` URI, read-only and guarded. Takes any range.
 
     ``format``: one of ``FORMATS``, for a path; without it the rules above decide.
 
@@ -103,7 +104,7 @@ def _open_uri(uri: str, format: str | None) -> BlockDevice:
 
     if format not in (None, "raw"):
         raise UsageError(f"{uri}: an NBD server gives the plain disk, so its format is always raw")
-    return Guarded(NbdClient.connect(uri))
+    return Guarded(byte_addressable(NbdClient.connect(uri)))
 
 
 def _open_image(path: str, format: str, *, trusted: bool) -> BlockDevice:
@@ -116,4 +117,4 @@ def _open_image(path: str, format: str, *, trusted: bool) -> BlockDevice:
             f"{path} looks like a {format} image that refers to {references[0]!r}, unlike its name;"
             f" a guest may have written that to a raw disk: name the format"
         )
-    return Guarded(QemuImage.open(path, format))
+    return Guarded(byte_addressable(QemuImage.open(path, format)))

@@ -14,6 +14,7 @@ Block devices and files restored in place have no commit point: they are written
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -24,7 +25,7 @@ from casbackup.block.device import BlockDevice
 from casbackup.block.guard import Guarded
 from casbackup.block.pending import PendingFile, existing_file, translated
 from casbackup.block.rawfile import RawFile
-from casbackup.errors import TargetTooSmall, TargetUnsuitable
+from casbackup.errors import CasbackupError, TargetTooSmall, TargetUnsuitable
 
 
 class Target:
@@ -62,7 +63,8 @@ class Target:
             return
         self._decided = True
         try:
-            self.device.close()
+            with contextlib.suppress(CasbackupError):  # what is thrown away need not be closed well
+                self.device.close()
         finally:
             if self._pending is not None:
                 self._pending.discard()

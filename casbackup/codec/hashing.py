@@ -33,9 +33,7 @@ def blob_id(kind: int, plain: Buffer) -> BlobId:
 
 def record_checksum(checked: Buffer, payload: Buffer) -> bytes:
     """BLAKE3-128 of a record's first 48 header bytes and its payload."""
-    hasher = blake3(checked[:CHECKED_BYTES])
-    hasher.update(payload)
-    return hasher.digest(length=CHECKSUM_BYTES)
+    return blake3(b"".join((checked[:CHECKED_BYTES], payload))).digest(length=CHECKSUM_BYTES)
 
 
 def checksum128(data: Buffer) -> bytes:

@@ -18,8 +18,8 @@ from casbackup.store.writer import StoredBytes
 class PeerSession(Protocol):
     """One backup in progress; safe from several threads but for its end.
 
-    Order of use: ``missing`` and ``send`` in any number, then one of ``commit``, ``abort`` or ``park``. Children are sent before
-    the nodes that name them. What ``missing`` did not return, and what was sent, stays stored until the session ends.
+    Order of use: ``missing`` and ``send`` in any number, then one of ``commit``, ``abort`` or ``park``. Children are sent in an
+    earlier call than the nodes that name them. What ``missing`` did not return, and what was sent, stays stored until the session ends.
     """
 
     @property
@@ -31,7 +31,7 @@ class PeerSession(Protocol):
     def send(self, records: Sequence[Record]) -> StoredBytes:
         """Store blobs. Sending what is stored already is not an error and counts nothing.
 
-        :raise ClosureViolation: when a tree node names something unknown; nothing of it is stored.
+        :raise ClosureViolation: when a tree node names something that no earlier call stored; nothing of this call is stored then.
         """
 
     def flush(self) -> None:

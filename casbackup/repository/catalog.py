@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from casbackup.clock import format_time, parse_time
-from casbackup.errors import CasbackupError, InvalidName, InvalidSize, ManifestDamaged, SnapshotAmbiguous, SnapshotNotFound
+from casbackup.errors import CasbackupError, InvalidName, InvalidSize, ManifestDamaged, SnapshotAmbiguous, SnapshotNotFound, SnapshotPinned
 from casbackup.fs import FileSystem, translated, write_durably
 from casbackup.ids import DEFAULT_NAMESPACE, Namespace, SnapshotId, VmName, parse_namespace, parse_vm
-from casbackup.repository.layout import Layout, SnapshotKey, snapshot_files
+from casbackup.repository.layout import Layout, SnapshotKey, snapshot_files, vm_snapshots
 from casbackup.spec.manifest import Manifest, Sidecar, decode_manifest, decode_sidecar, encode_sidecar
 from casbackup.store.index import Index, Transaction
 
@@ -100,14 +100,25 @@ class Catalog:
         found.sort(key=lambda s: (s.manifest.namespace, s.manifest.vm, s.manifest.sequence, s.manifest.time_ms))
         return found, damaged
 
+    def last_in(self, txn: Transaction, namespace: Namespace, vm: VmName) -> Snapshot | None:
+        """The VM's snapshot with the highest sequence, looked up within a transaction; damaged ones are passed over."""
+        last: Snapshot | None = None
+        for key in vm_snapshots(self._fs, self._layout, namespace, vm):
+            data = read_copy(txn, self._index, key) or self._read_manifest(key)
+            with contextlib.suppress(ManifestDamaged):
+                found = None if data is None else self._snapshot(key, data, has_sidecar=False)
+                if found and (last is None or found.manifest.sequence > last.manifest.sequence):
+                    last = found
+        return last
+
     def find(self, reference: str, namespace: Namespace = DEFAULT_NAMESPACE) -> Snapshot:
         """The snapshot that a user means.
 
         ``vm/100`` or ``vm/100@latest`` (highest sequence), ``vm/100@TIME`` (a time or its beginning), ``vm/100@ID``, or an id's first
         four or more digits alone; ``acme/prod:vm/100`` names another namespace.
 
-        :raise SnapshotNotFound: when none matches.
-        :raise SnapshotAmbiguous: when several match.
+        :raise SnapshotNotFound: when none matches. :raise SnapshotAmbiguous: when several match.
+        :raise ManifestDamaged: when the latest is asked for and a manifest of the VM is damaged.
         """
         prefix, colon, rest = reference.partition(":vm/")
         if colon:
@@ -115,11 +126,14 @@ class Catalog:
         if not reference.startswith("vm/"):
             return self._find_by_id(reference)
         name, _, selector = reference.partition("@")
-        candidates = self.all(namespace, parse_vm(name))
+        candidates, damaged = self.survey(namespace, parse_vm(name))
+        if selector in ("", "latest"):
+            if damaged:
+                raise damaged[0]  # it may be the latest: an older one must not pass for it
+            if candidates:
+                return candidates[-1]
         if not candidates:
             raise SnapshotNotFound(f"there is no snapshot of {name} in namespace {namespace}")
-        if selector in ("", "latest"):
-            return candidates[-1]
         matching = [s for s in candidates if _matches(s, selector)]
         return _only(matching, f"{name}@{selector}")
 
@@ -149,8 +163,14 @@ class Catalog:
         return replace(snapshot, sidecar=sidecar)
 
     def remove(self, snapshots: Iterable[Snapshot]) -> None:
-        """Forget snapshots: manifest first (from then on it is gone), then sidecar, then the index's copy."""
+        """Forget snapshots: manifest first (from then on it is gone), then sidecar, then the index's copy.
+
+        :raise SnapshotPinned: when one is pinned now, whatever its object says; none is removed then.
+        """
         removed = list(snapshots)
+        for snapshot in removed:
+            if self._read_sidecar(snapshot.key).pinned:
+                raise SnapshotPinned(f"{snapshot.reference} is pinned")
         folders = set()
         for snapshot in removed:
             with translated(f"cannot remove {snapshot.reference}"):
@@ -166,8 +186,35 @@ class Catalog:
 
         self._index.write(drop)
 
+    def finish_removals(self) -> None:
+        """Make removals durable that were cut short (or whose ``remove`` is still under way in another process).
+
+        gc must do this before it deletes what those snapshots needed: a manifest that comes back after a power failure would
+        miss it. Such removals are told by their copy in the index, which goes last.
+        """
+        with self._index.read() as txn, txn.cursor(db=self._index.snapshots) as cursor:
+            copied = [_snapshot_key(bytes(name)) for name, _ in cursor]
+        removed = set(copied) - {key for key, _ in snapshot_files(self._fs, self._layout)}
+        for folder in sorted({self._layout.vm_folder(key.namespace, key.vm) for key in removed}):
+            if self._fs.exists(folder):
+                self._fs.sync_folder(folder)
+
+        def drop(txn: Transaction) -> None:
+            for key in removed:
+                txn.delete(_database_key(key), db=self._index.snapshots)
+
+        if removed:
+            self._index.write(drop)
+
     def put_back(self, key: SnapshotKey) -> bool:
-        """Rewrite a damaged manifest file from the index's copy; False when there is none."""
+        """Rewrite a damaged manifest file from the index's copy; False when there is none.
+
+        A damaged sidecar becomes one that only pins the snapshot: labels and notes in it are lost.
+        """
+        try:
+            self._decoded_sidecar(key)
+        except ManifestDamaged:
+            write_durably(self._fs, self._layout.sidecar(key), encode_sidecar(Sidecar(pinned=True)), replace=True)
         with self._index.read() as txn:
             data = read_copy(txn, self._index, key)
         if data is None:
@@ -177,7 +224,7 @@ class Catalog:
         return True
 
     def verify_files(self) -> list[tuple[SnapshotKey, ManifestDamaged]]:
-        """Manifests whose files, not copies, are damaged or lie in the wrong place."""
+        """Snapshots whose files (manifest or sidecar, not the index's copy) are damaged or lie in the wrong place."""
         damaged: list[tuple[SnapshotKey, ManifestDamaged]] = []
         for key, has_sidecar in snapshot_files(self._fs, self._layout):
             data = self._read_manifest(key)
@@ -185,6 +232,7 @@ class Catalog:
                 continue
             try:
                 self._snapshot(key, data, has_sidecar)
+                self._decoded_sidecar(key)
             except ManifestDamaged as error:
                 damaged.append((key, error))
         return damaged
@@ -192,7 +240,7 @@ class Catalog:
     def _find_by_id(self, prefix: str) -> Snapshot:
         if len(prefix) < _SHORTEST_ID or not set(prefix) <= _HEX:
             raise InvalidName(f"{prefix!r} is neither a VM (vm/100) nor the beginning of a snapshot id")
-        return _only([s for s in self.all() if s.id.startswith(prefix)], prefix)
+        return _only([s for s in self.survey()[0] if s.id.startswith(prefix)], prefix)
 
     def _read_manifest(self, key: SnapshotKey) -> bytes | None:
         with contextlib.suppress(FileNotFoundError):
@@ -204,11 +252,20 @@ class Catalog:
         manifest, snapshot_id = decode_manifest(data, path)
         if (manifest.namespace, manifest.vm, manifest.time_ms) != key:
             raise ManifestDamaged(f"manifest {path} is that of {manifest.vm}@{format_time(manifest.time_ms)}")
-        sidecar = Sidecar()
-        if has_sidecar:
-            with contextlib.suppress(FileNotFoundError):
-                sidecar = decode_sidecar(self._fs.read(self._layout.sidecar(key)), self._layout.sidecar(key))
-        return Snapshot(snapshot_id, manifest, sidecar)
+        return Snapshot(snapshot_id, manifest, self._read_sidecar(key) if has_sidecar else Sidecar())
+
+    def _read_sidecar(self, key: SnapshotKey) -> Sidecar:
+        """The sidecar; none if there is none. A damaged one counts as a pin: what it said may have been one. A check reports it."""
+        try:
+            return self._decoded_sidecar(key)
+        except ManifestDamaged:
+            return Sidecar(pinned=True)
+
+    def _decoded_sidecar(self, key: SnapshotKey) -> Sidecar:
+        path = self._layout.sidecar(key)
+        with contextlib.suppress(FileNotFoundError):
+            return decode_sidecar(self._fs.read(path), path)
+        return Sidecar()
 
     def _remember(self, manifests: Sequence[tuple[SnapshotKey, bytes]]) -> None:
         """Copy manifests into the index; a listing does not fail for lack of room or rights to do that."""
@@ -236,6 +293,11 @@ def store_copy(txn: Transaction, index: Index, key: SnapshotKey, manifest: bytes
 
 def _database_key(key: SnapshotKey) -> bytes:
     return f"{key.namespace}\0{key.vm}\0{format_time(key.time_ms)}".encode()
+
+
+def _snapshot_key(name: bytes) -> SnapshotKey:
+    namespace, vm, stamp = name.decode().split("\0")
+    return SnapshotKey(Namespace(namespace), VmName(vm), parse_time(stamp))
 
 
 def _matches(snapshot: Snapshot, selector: str) -> bool:

@@ -1,6 +1,6 @@
 """Garbage collection beside running backups: a pure plan, then its execution, in a fixed order.
 
-    1. sessions that nobody can resume are dropped;
+    1. removals of snapshots that were cut short are made durable; sessions that nobody can resume are dropped;
     2. blobs that were marked as dying but are needed again are revived;
     3. unneeded blobs are marked as dying, with a new epoch: from now on ``missing`` names them;
     4. dying blobs that no active session can have been told about are removed from the index;
@@ -126,6 +126,7 @@ def execute_gc(repository: Repository, plan: GcPlan, progress: Progress | None =
     """
     repository.require_writable()
     report = GcReport(expired_sessions=len(plan.expired))
+    repository.catalog.finish_removals()
     _expire(repository, plan.expired)
     _revive(repository, plan.revive)
     _doom(repository, plan.doom)

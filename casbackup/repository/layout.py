@@ -83,12 +83,24 @@ def _vms(fs: FileSystem, folder: str, namespace: str) -> Iterator[tuple[Snapshot
             continue
         names = {file.name for file in fs.list(os.path.join(folder, entry.name))}
         for name in sorted(names):
-            stem = name.removesuffix(MANIFEST_SUFFIX)
-            if stem == name:
-                continue
-            try:
-                time_ms = parse_time(stem)
-            except InvalidSize:
-                continue
-            if format_time(time_ms) == stem:
-                yield SnapshotKey(*owner, time_ms), stem + SIDECAR_SUFFIX in names
+            time_ms = _time_of(name)
+            if time_ms is not None:
+                yield SnapshotKey(*owner, time_ms), name.removesuffix(MANIFEST_SUFFIX) + SIDECAR_SUFFIX in names
+
+
+def vm_snapshots(fs: FileSystem, layout: Layout, namespace: Namespace, vm: VmName) -> list[SnapshotKey]:
+    """The manifests of one VM in the folder, by time."""
+    times = [_time_of(file.name) for file in fs.list(layout.vm_folder(namespace, vm))]
+    return [SnapshotKey(namespace, vm, time_ms) for time_ms in sorted(t for t in times if t is not None)]
+
+
+def _time_of(name: str) -> int | None:
+    """The time in a manifest's file name; None for other files."""
+    stem = name.removesuffix(MANIFEST_SUFFIX)
+    if stem == name:
+        return None
+    try:
+        time_ms = parse_time(stem)
+    except InvalidSize:
+        return None
+    return time_ms if format_time(time_ms) == stem else None

@@ -70,7 +70,7 @@ def repack(
             for blob_id, entry, record in _records(repository, table, number, row):
                 if isinstance(record, Record):
                     old[blob_id] = entry
-                    outcome.written_bytes += mover.put(record).stored_bytes
+                    outcome.written_bytes += mover.put([record]).stored_bytes
                     outcome.moved_blobs += 1
                     progress.advance(done=record.total_bytes)
                 else:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -24,6 +23,7 @@ from casbackup.errors import (
     TargetUnsuitable,
 )
 from casbackup.fs import FileLock, FileSystem, RealFileSystem, translated, write_durably
+from casbackup.ids import new_repository_id
 from casbackup.repository.catalog import Catalog
 from casbackup.repository.layout import Layout
 from casbackup.repository.mounts import is_network_file_system
@@ -32,6 +32,9 @@ from casbackup.spec.config import ChunkerConfig, RepositoryConfig, decode_config
 from casbackup.store.blobstore import BlobStore
 from casbackup.store.index import Index
 from casbackup.store.packstorage import FolderPackStorage, PackStorage
+
+_HALF_MADE = {"packs", "snapshots", "index", "locks", "lost+found"}
+"""What a creation that was cut short may have left, besides config.json's copy and temporary files."""
 
 
 class Repository:
@@ -77,12 +80,12 @@ class Repository:
         fs, clock, layout = fs or RealFileSystem(), clock or SystemClock(), Layout(path)
         if fs.exists(layout.config):
             raise RepositoryExists(f"there is already a repository in {layout.root}")
-        leftovers = {entry.name for entry in fs.list(layout.root)} if _is_folder(fs, layout.root) else set()
-        if leftovers - {"packs", "snapshots", "index", "locks", "config.json.backup", "lost+found"}:
+        found = {entry.name for entry in fs.list(layout.root)} if _is_folder(fs, layout.root) else set()
+        if {n for n in found - _HALF_MADE if not n.startswith("config.json.")}:
             raise RepositoryExists(f"{layout.root} is not empty")
         if any(True for _ in FolderPackStorage(fs, layout.packs).list()):
             raise RepositoryExists(f"{layout.root} holds packs of a repository whose config.json is missing")
-        config = RepositoryConfig(secrets.token_hex(16), format_time(clock.now_ms()))
+        config = RepositoryConfig(new_repository_id(), format_time(clock.now_ms()))
         if chunker is not None:
             config = _with(config, chunker=chunker)
         if compression_level is not None:
@@ -138,7 +141,8 @@ class Repository:
         :raise RepositoryBusy: when another one runs.
         """
         self.require_writable()
-        lock = self.fs.lock(self.layout.maintenance_lock, shared=False)
+        with translated(f"cannot lock {self.layout.root}"):
+            lock = self.fs.lock(self.layout.maintenance_lock, shared=False)
         if lock is None:
             raise RepositoryBusy(f"another gc, check or repair is working on {self.layout.root}")
         try:

@@ -28,7 +28,7 @@ from casbackup.codec.records import decode_record
 from casbackup.errors import CasbackupError, ClosureViolation, SessionBusy, SessionNotFound
 from casbackup.fs import FileLock, translated, write_durably
 from casbackup.ids import ZERO_ID, BlobId, Namespace, SessionId, VmName, new_session_id
-from casbackup.repository.catalog import Snapshot, store_copy
+from casbackup.repository.catalog import Snapshot, read_copy, store_copy
 from casbackup.repository.layout import SnapshotKey
 from casbackup.spec.indexdb import BlobEntry
 from casbackup.spec.manifest import Manifest, encode_manifest
@@ -213,13 +213,10 @@ class Session:
 
         Whoever computed the ids is trusted with them for chunks and configs of a local job; tree nodes are decoded and checked.
 
-        :raise ClosureViolation: when a node names something that is neither stored nor sent before it.
+        :raise ClosureViolation: when a node names something that is neither stored nor was sent by an earlier call.
         """
-        stored = StoredBytes(0, 0, 0)
-        for record in records:
-            outline = self._checked_outline(record) if record.kind == BlobKind.NODE else None
-            stored = stored.plus(self._writer.put(record, outline))
-        return stored
+        outlines = {record.id: self._checked_outline(record) for record in records if record.kind == BlobKind.NODE}
+        return self._writer.put(records, outlines)
 
     def flush(self) -> None:
         """What was sent survives any crash from now on."""
@@ -242,7 +239,7 @@ class Session:
             def change(txn: Transaction) -> None:
                 self._require_roots(txn, draft)
                 if not committed:
-                    committed.append(self._write_manifest(draft))
+                    committed.append(self._write_manifest(txn, draft))
                 self._remember(txn, committed[0])
 
             try:
@@ -275,10 +272,9 @@ class Session:
             self._lock.release()
             self._lock = None
 
-    def _write_manifest(self, draft: Manifest) -> Snapshot:
+    def _write_manifest(self, txn: Transaction, draft: Manifest) -> Snapshot:
         repository = self._repository
-        earlier = repository.catalog.survey(draft.namespace, draft.vm)[0]
-        previous = earlier[-1] if earlier else None
+        previous = repository.catalog.last_in(txn, draft.namespace, draft.vm)
         manifest = replace(
             draft,
             sequence=previous.manifest.sequence + 1 if previous else 1,
@@ -287,6 +283,10 @@ class Session:
         repository.fs.make_folders(repository.layout.vm_folder(draft.namespace, draft.vm))
         while True:
             key = SnapshotKey(manifest.namespace, manifest.vm, manifest.time_ms)
+            if read_copy(txn, repository.index, key) is not None:
+                # Taken, or was taken by one whose removal was cut short: its copy must not be believed to be ours.
+                manifest = replace(manifest, time_ms=manifest.time_ms + 1)
+                continue
             data, snapshot_id = encode_manifest(manifest)
             try:
                 with translated(f"cannot write the manifest of {manifest.vm}"):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from casbackup.fs import Buffer
@@ -29,6 +29,7 @@ from casbackup.store.packstorage import PackAppender
 _BUFFERED_BYTES = 1024 * 1024
 _SYNC_EVERY_BYTES = 16 * 1024 * 1024
 _MAX_SEALING = 2
+_NO_OUTLINES: Mapping[BlobId, bytes] = {}
 
 
 class StoredBytes(NamedTuple):
@@ -37,9 +38,6 @@ class StoredBytes(NamedTuple):
     blobs: int
     plain_bytes: int
     stored_bytes: int
-
-    def plus(self, other: StoredBytes) -> StoredBytes:
-        return StoredBytes(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class _OpenPack:
@@ -97,19 +95,20 @@ class StoreWriter:
         """The listing of a blob that was put but that the index may not know yet."""
         return self._pending.get(blob_id)
 
-    def put(self, record: Record, outline: bytes | None = None) -> StoredBytes:
-        """Append a record; ``outline`` is what accounting keeps of a tree node. Nothing is promised until ``flush`` returns.
+    def put(self, records: Iterable[Record], outlines: Mapping[BlobId, bytes] = _NO_OUTLINES) -> StoredBytes:
+        """Append records; ``outlines`` are what accounting keeps of tree nodes. Nothing is promised until ``flush`` returns.
 
         :raise RepositoryFull: when the disk is full.
         """
+        blobs = plain = stored = 0
         with self._lock:
             self._raise_failure()
-            if record.id in self._pending:
-                return StoredBytes(0, 0, 0)
-            if outline is not None:
-                self._outlines[record.id] = outline
-            self._append(record)
-        return StoredBytes(1, record.plain_length, record.total_bytes)
+            self._outlines.update(outlines)
+            for record in records:
+                if record.id not in self._pending:
+                    self._append(record)
+                    blobs, plain, stored = blobs + 1, plain + record.plain_length, stored + record.total_bytes
+        return StoredBytes(blobs, plain, stored)
 
     def flush(self, *, seal: bool = False) -> None:
         """Make everything that was put durable and known to the index; ``seal`` also ends the open pack."""

@@ -44,11 +44,17 @@ class Operation(NamedTuple):
 
 
 class SimulatedMachine:
-    """A disk and what befalls it. ``before`` is called before each operation and may raise in its place."""
+    """A disk and what befalls it.
+
+    ``before`` is called before each operation and may raise in its place. ``meanwhile`` is called wherever
+    other processes may get their turn: before operations and looks at the index, outside its transactions.
+    """
 
     def __init__(self, *, real_folder: str | None = None, capacity_bytes: int | None = None) -> None:
         self.log: list[Operation] = []
         self.before: Callable[[Operation], None] | None = None
+        self.meanwhile: Callable[[], None] | None = None
+        self.transactions = 0
         self.capacity_bytes = capacity_bytes
         self.real_folder = real_folder
         self.is_off = False
@@ -68,7 +74,7 @@ class SimulatedMachine:
         self._crash_at = number
 
     def fail_at(self, number: int, code: int = errno.EIO) -> None:
-        """The operation with this number raises an OSError and has no effect."""
+        """The operation with this number raises an OSError and has no effect; ``code`` 0: not after all."""
         self._failures[number] = code
 
     def fill_at(self, number: int) -> None:
@@ -84,7 +90,8 @@ class SimulatedMachine:
             self.root.forget(seed)
             self._crash_at = self._full_from = 0
             self._failures = {}
-            self.before = None
+            self.before = self.meanwhile = None
+            self.transactions = 0
             self.is_off = False
             self.log = []
             self.boots += 1
@@ -103,10 +110,16 @@ class SimulatedMachine:
         """How much may still be written."""
         return 2**63 if self.capacity_bytes is None else max(0, self.capacity_bytes - self.used_bytes())
 
+    def look(self, what: str) -> None:
+        """Something is read that others may change: let them, if it was so arranged."""
+        if self.is_off:
+            raise SimulatedCrash(what)
+        if self.meanwhile is not None and not self.transactions:
+            self.meanwhile()
+
     def begin(self, name: str, path: str) -> None:
         """Number an operation, and let happen what was arranged to happen."""
-        if self.is_off:
-            raise SimulatedCrash
+        self.look(name)
         operation = Operation(len(self.log) + 1, name, path)
         self.log.append(operation)
         if self.before is not None:
@@ -117,7 +130,7 @@ class SimulatedMachine:
         code = self._failures.get(operation.number)
         if self._full_from and operation.number >= self._full_from and name in _GROWING:
             code = errno.ENOSPC
-        if code is not None:
+        if code:
             raise OSError(code, os.strerror(code), path)
 
     def content(self, path: str) -> bytes:

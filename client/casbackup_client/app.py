@@ -1,8 +1,10 @@
-"""What the global options ask for, and what commands get by it: the repository, a place for results, a progress display.
+"""What the global options ask for, and what commands get by it: the repository, a place for results, a
+progress display.
 
-Whence the repository: ``-r``, then ``--profile``, then ``CASBACKUP_REPOSITORY``, then the ``default-profile`` of the configuration file.
-A namespace comes from ``--namespace``, then ``--profile``, then ``CASBACKUP_NAMESPACE``, then the default profile if that is in use.
-The file is only read when its profiles matter: a backup whose repository is named otherwise does not wait for it.
+Whence the repository: ``-r``, then ``--profile``, then ``CASBACKUP_REPOSITORY``, then the
+``default-profile`` of the configuration file. A namespace comes from ``--namespace``, then ``--profile``,
+then ``CASBACKUP_NAMESPACE``, then the default profile if that is in use. The file is only read when its
+profiles matter: a backup whose repository is named otherwise does not wait for it.
 """
 
 from __future__ import annotations
@@ -22,6 +24,17 @@ if TYPE_CHECKING:
     from casbackup.progress import Progress
     from casbackup.repository.repository import Repository
     from casbackup_client.config_file import Profile
+
+ENVIRONMENT = {
+    "CASBACKUP_REPOSITORY": "The repository, if neither -r nor --profile names one.",
+    "CASBACKUP_NAMESPACE": "The namespace, if neither --namespace nor --profile names one.",
+    "CASBACKUP_CONFIG": "The configuration file, instead of the user's and the system's.",
+    "CASBACKUP_DEBUG": "1: print a traceback with every error.",
+    "NO_COLOR": "If set and not empty: no colours on a terminal.",
+    "TERM": "`dumb`: neither progress nor drawn tables.",
+    "TZ": "The time zone in which retention rules count days; default: that of the machine.",
+}
+"""The variables that the command looks at, for the documentation."""
 
 
 class App:
@@ -45,7 +58,9 @@ class App:
         """:raise UsageError: when nothing says which repository is meant."""
         path = self.repository_option or self._setting("repository", "CASBACKUP_REPOSITORY")
         if not path:
-            raise UsageError("no repository is named: give -r PATH, set CASBACKUP_REPOSITORY, or use a profile")
+            raise UsageError(
+                "no repository is named: give -r PATH, set CASBACKUP_REPOSITORY, or use a profile"
+            )
         return path
 
     @property

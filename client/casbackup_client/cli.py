@@ -1,4 +1,6 @@
-"""The root of the command tree. It knows the names and one line of help of all commands, and loads the one that is run."""
+"""The root of the command tree. It knows the names and one line of help of all commands, and loads the one
+that is run.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,16 @@ from casbackup_client.options import global_options, write_options
 
 
 class Entry(NamedTuple):
-    """Where a command is, ``module:attribute`` below ``casbackup_client.commands``, and what it does in a line."""
+    """Where a command is, ``module:attribute`` below ``casbackup_client.commands``, and what it does in a
+    line.
+    """
 
     place: str
     summary: str
 
+
+COMPLETION_VARIABLE = "_CASBACKUP_COMPLETE"
+"""What click's completion scripts set."""
 
 SECTIONS: dict[str, dict[str, Entry]] = {
     "Main job": {
@@ -40,7 +47,9 @@ SECTIONS: dict[str, dict[str, Entry]] = {
     },
     "Administer": {
         "migrate": Entry("migrate:migrate", "Bring a repository to the current format."),
-        "sessions": Entry("sessions:sessions", "List or abort backups that are under way or were interrupted."),
+        "sessions": Entry(
+            "sessions:sessions", "List or abort backups that are under way or were interrupted."
+        ),
         "completion": Entry("about:completion", "Print a shell's completion script."),
         "version": Entry("about:version", "Show the version."),
     },
@@ -95,10 +104,18 @@ def _print_version(context: click.Context, _parameter: click.Parameter, value: b
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="`casbackup COMMAND --help` explains a command. Repository and namespace may also come from the environment "
-    "(CASBACKUP_REPOSITORY, CASBACKUP_NAMESPACE) or a profile of ~/.config/casbackup/config.toml.",
+    epilog="`casbackup COMMAND --help` explains a command. Repository and namespace may also come from "
+    "the environment (CASBACKUP_REPOSITORY, CASBACKUP_NAMESPACE) or a profile of "
+    "~/.config/casbackup/config.toml.",
 )
 @global_options
-@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="Show the version.")
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_print_version,
+    help="Show the version.",
+)
 def cli() -> None:
     """Deduplicating backups of virtual machine disks."""

@@ -1,4 +1,4 @@
-"""What a shell offers at TAB beyond options: VMs, snapshots and profiles. Failures offer nothing, silently."""
+"""What shells offer at TAB beyond options: VMs, snapshots, profiles. A failure offers nothing, silently."""
 
 from __future__ import annotations
 
@@ -39,5 +39,8 @@ def references(app: App, incomplete: str) -> list[str]:
     found: set[str] = set()
     with _silently(), app.repository() as repository:
         for snapshot in repository.catalog.survey(app.namespace)[0]:
-            found |= {snapshot.manifest.vm, snapshot.id[: max(_ID_DIGITS, len(incomplete))] if incomplete else ""}
+            found |= {
+                snapshot.manifest.vm,
+                snapshot.id[: max(_ID_DIGITS, len(incomplete))] if incomplete else "",
+            }
     return sorted(name for name in found - {""} if name.startswith(incomplete))

@@ -6,7 +6,7 @@ Sizes and offsets are bytes (``_bytes``), times RFC 3339 in UTC, durations milli
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from casbackup.clock import format_time
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from casbackup.jobs.diff import SnapshotDifference
+    from casbackup.repository.accounting import Usage
     from casbackup.repository.catalog import Snapshot
+    from casbackup.repository.damage import AffectedDisk
+    from casbackup.repository.gc import GcPlan, GcReport
     from casbackup.repository.repository import Repository
     from casbackup.repository.sessions import SessionRow
     from casbackup.tree.diff import Range
@@ -59,7 +62,9 @@ class SnapshotDocument(TypedDict):
     """A snapshot."""
 
     reference: str
-    """``vm/100@TIME``, with ``NAMESPACE:`` before it outside of the default namespace; commands take it as REF."""
+    """``vm/100@TIME``, with ``NAMESPACE:`` before it outside of the default namespace; commands take it as
+    REF.
+    """
     id: str
     namespace: str
     vm: str
@@ -82,6 +87,18 @@ class SnapshotDocument(TypedDict):
     stats: BackupStatsDocument
 
 
+class SnapshotResultDocument(TypedDict):
+    """Printed by ``backup``, ``show``, ``pin`` and ``label``."""
+
+    snapshot: SnapshotDocument
+
+
+class SnapshotsDocument(TypedDict):
+    """Printed by ``snapshots``."""
+
+    snapshots: list[SnapshotDocument]
+
+
 class RangeDocument(TypedDict):
     """A range of a disk."""
 
@@ -90,13 +107,63 @@ class RangeDocument(TypedDict):
 
 
 class RepositoryDocument(TypedDict):
-    """A repository; printed by ``init``."""
+    """A repository."""
 
     path: str
     id: str
     format: int
     created: str
     compression_level: int
+
+
+class InitDocument(TypedDict):
+    """Printed by ``init``."""
+
+    repository: RepositoryDocument
+
+
+class RestoredDiskDocument(TypedDict):
+    """A disk that was restored."""
+
+    disk: str
+    target: str
+    size_bytes: int
+    written_bytes: int
+    unchanged_bytes: int
+    """With ``--in-place``: what the target held already."""
+    zero_bytes: int
+    lost_bytes: int
+    lost: list[RangeDocument]
+    """With ``--best-effort``: what could not be had and is zero now."""
+
+
+class RestoredConfigDocument(TypedDict):
+    """A config that was restored."""
+
+    config: str
+    target: str
+    lost: bool
+
+
+class RestoreDocument(TypedDict):
+    """Printed by ``restore``."""
+
+    snapshot: str
+    id: str
+    disks: list[RestoredDiskDocument]
+    configs: list[RestoredConfigDocument]
+    duration_ms: int
+
+
+class DumpDocument(TypedDict):
+    """Printed by ``dump --json -o FILE``."""
+
+    snapshot: str
+    disk: str | None
+    config: str | None
+    target: str
+    offset_bytes: int
+    length_bytes: int
 
 
 class DiskDifferenceDocument(TypedDict):
@@ -121,18 +188,223 @@ class DifferenceDocument(TypedDict):
     """Configs that were added, removed or changed."""
 
 
+class UsageDocument(TypedDict):
+    """What a group of snapshots costs."""
+
+    logical_bytes: int
+    """As they are restored: with zeros and repetitions."""
+    plain_bytes: int
+    """Their distinct content, before compression."""
+    stored_bytes: int
+    """What all that they need takes in packs."""
+    unique_bytes: int
+    """What of it nothing else needs: forgetting the group frees it."""
+    shared_bytes: int
+    """What of it other snapshots need too."""
+
+
+class SnapshotUsageDocument(UsageDocument):
+    """What a snapshot costs."""
+
+    snapshot: str
+    id: str
+
+
+class VmUsageDocument(UsageDocument):
+    """What all snapshots of a VM cost together."""
+
+    namespace: str
+    vm: str
+    snapshots: int
+
+
+class StatsDocument(TypedDict):
+    """Printed by ``stats``."""
+
+    snapshots: list[SnapshotUsageDocument]
+    vms: list[VmUsageDocument]
+    total: UsageDocument
+    """All snapshots of the repository, whatever was asked for."""
+    dedup_factor: float
+    """Content of all snapshots, without zeros, against the distinct content among it."""
+    compression_factor: float
+    packs_bytes: int
+    """The files in ``packs/``, with what is no longer needed but not freed yet."""
+    index_bytes: int
+
+
+class DecisionDocument(TypedDict):
+    """What becomes of a snapshot."""
+
+    snapshot: str
+    id: str
+    keep: bool
+    reason: str
+
+
+class GcDocument(TypedDict):
+    """Printed by ``gc``: what was done, or with ``--dry-run`` would be."""
+
+    dry_run: bool
+    freed_bytes: int
+    pending_bytes: int
+    """Garbage that is still there: held by running backups, or spread thinly over packs."""
+    removed_blobs: int
+    dropped_packs: int
+    rewritten_packs: int
+    removed_orphans: int
+    """Pack files that a crash left behind."""
+    expired_sessions: int
+    notes: list[str]
+
+
+class ForgetDocument(TypedDict):
+    """Printed by ``forget``."""
+
+    dry_run: bool
+    decisions: list[DecisionDocument]
+    removed: int
+    freed_bytes: int | None
+    """What the next gc can free; null when damage keeps that from being known."""
+    gc: GcDocument | None
+    """With ``--gc``."""
+
+
+class FindingDocument(TypedDict):
+    """Something that a check found."""
+
+    severity: str
+    """``damage``, or ``note`` for what is odd but harmless."""
+    object: str
+    message: str
+
+
+class AffectedDocument(TypedDict):
+    """What cannot be restored of a snapshot: ranges of a disk, or a config."""
+
+    snapshot: str
+    id: str
+    disk: str | None
+    config: str | None
+    lost_bytes: int
+    ranges: list[RangeDocument]
+
+
+class CheckDocument(TypedDict):
+    """Printed by ``check``."""
+
+    damaged: bool
+    findings: list[FindingDocument]
+    affected: list[AffectedDocument]
+    snapshots: int
+    nodes: int
+    blobs: int
+    packs: int
+    verified_blobs: int
+    verified_bytes: int
+    unverified_blobs: int
+    """Not read this time."""
+    healed_blobs: int
+    """Formerly damaged, sound now."""
+    duration_ms: int
+
+
+class RepairDocument(TypedDict):
+    """Printed by ``repair``."""
+
+    restored_manifests: int
+    healed_blobs: int
+    moved_blobs: int
+    """Sound ones, moved out of packs with damage."""
+    lost_blobs: int
+    quarantined: list[str]
+    """Where the packs with damage are now."""
+    affected: list[AffectedDocument]
+    notes: list[str]
+
+
+class RebuildDocument(TypedDict):
+    """Printed by ``repair --rebuild-index``."""
+
+    packs: int
+    blobs: int
+    notes: list[str]
+
+
+class MigrateDocument(TypedDict):
+    """Printed by ``migrate``."""
+
+    dry_run: bool
+    from_format: int
+    to_format: int
+    steps: list[str]
+    """What each step does, in their order."""
+    resumed: bool
+    """An interrupted migration was there to be ended."""
+
+
+class VersionDocument(TypedDict):
+    """Printed by ``version``."""
+
+    version: str
+    repository_format: int
+    """The format that this version writes."""
+    oldest_repository_format: int
+    """The oldest one that it can migrate."""
+    python: str
+
+
+class CompletionDocument(TypedDict):
+    """Printed by ``completion``."""
+
+    shell: str
+    script: str
+
+
+class AbortDocument(TypedDict):
+    """Printed by ``sessions abort``."""
+
+    aborted: str
+
+
 class SessionDocument(TypedDict):
-    """A backup under way or interrupted, or a restore under way."""
+    """Somebody who uses the repository, or a backup that was interrupted."""
 
     id: str
     namespace: str
     vm: str
     kind: str
-    """``backup`` or ``read``."""
+    """``backup``, ``reader`` (a restore) or ``maintenance``."""
     active: bool
     """A process works on it now; otherwise it can be resumed or aborted."""
     seen: str
     """When it was opened or resumed last."""
+
+
+class SessionsDocument(TypedDict):
+    """Printed by ``sessions``."""
+
+    sessions: list[SessionDocument]
+
+
+class ErrorDocument(TypedDict):
+    """What went wrong; the classes of errors are listed in ``errors.md``."""
+
+    code: str
+    message: str
+    advice: str
+    """What to do about it; may be empty."""
+    exit_status: int
+    retryable: bool
+    """Trying the same again may help."""
+    session: NotRequired[str]
+    """Of a backup that can be resumed."""
+
+
+class FailureDocument(TypedDict):
+    """Printed to standard error when a command fails."""
+
+    error: ErrorDocument
 
 
 def repository_document(repository: Repository) -> RepositoryDocument:
@@ -158,7 +430,8 @@ def snapshot_document(snapshot: Snapshot) -> SnapshotDocument:
         "parent": manifest.parent,
         "size_bytes": manifest.size_bytes,
         "disks": [
-            {"name": d.name, "size_bytes": d.size_bytes, "source": d.source, "root": d.root.hex()} for d in manifest.disks
+            {"name": d.name, "size_bytes": d.size_bytes, "source": d.source, "root": d.root.hex()}
+            for d in manifest.disks
         ],
         "configs": [{"name": c.name, "size_bytes": c.size_bytes, "id": c.id.hex()} for c in manifest.configs],
         "labels": list(snapshot.labels),
@@ -200,12 +473,66 @@ def difference_document(old: Snapshot, new: Snapshot, difference: SnapshotDiffer
     }
 
 
+def usage_document(usage: Usage) -> UsageDocument:
+    return {
+        "logical_bytes": usage.logical_bytes,
+        "plain_bytes": usage.plain_bytes,
+        "stored_bytes": usage.stored_bytes,
+        "unique_bytes": usage.unique_bytes,
+        "shared_bytes": usage.shared_bytes,
+    }
+
+
+def planned_gc_document(plan: GcPlan) -> GcDocument:
+    return {
+        "dry_run": True,
+        "freed_bytes": plan.freed_bytes,
+        "pending_bytes": plan.pending_bytes,
+        "removed_blobs": plan.removed_blobs,
+        "dropped_packs": len(plan.drop),
+        "rewritten_packs": len(plan.rewrite),
+        "removed_orphans": len(plan.orphans),
+        "expired_sessions": len(plan.expired),
+        "notes": [],
+    }
+
+
+def gc_document(report: GcReport) -> GcDocument:
+    return {
+        "dry_run": False,
+        "freed_bytes": report.freed_bytes,
+        "pending_bytes": report.pending_bytes,
+        "removed_blobs": report.removed_blobs,
+        "dropped_packs": report.dropped_packs,
+        "rewritten_packs": report.rewritten_packs,
+        "removed_orphans": report.removed_orphans,
+        "expired_sessions": report.expired_sessions,
+        "notes": list(report.notes),
+    }
+
+
+def affected_documents(affected: Iterable[AffectedDisk]) -> list[AffectedDocument]:
+    return [
+        {
+            "snapshot": item.snapshot.reference,
+            "id": item.snapshot.id,
+            "disk": item.disk,
+            "config": None if item.disk else item.config,
+            "lost_bytes": item.lost_bytes,
+            "ranges": range_documents(item.ranges),
+        }
+        for item in affected
+    ]
+
+
 def session_document(row: SessionRow, active: bool) -> SessionDocument:
+    from casbackup.repository.sessions import SessionKind
+
     return {
         "id": row.id,
         "namespace": row.namespace,
         "vm": row.vm,
-        "kind": row.kind.name.lower(),
+        "kind": SessionKind(row.kind).name.lower(),
         "active": active,
         "seen": format_time(row.seen_ms),
     }

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
-from casbackup.errors import CasbackupError, ExitStatus, Interrupted, UsageError
+from casbackup.errors import CasbackupError, Interrupted, UsageError
 from casbackup_client.views import printable
+
+if TYPE_CHECKING:
+    from casbackup_client.documents import ErrorDocument, FailureDocument
 
 
 class InternalError(CasbackupError):
@@ -45,10 +50,8 @@ def report(error: CasbackupError, *, json: bool) -> int:
         import traceback
 
         traceback.print_exception(error, file=sys.stderr)
-    try:
-        print(_as_json(error) if json else _as_text(error), file=sys.stderr)
-    except OSError:
-        pass  # nobody listens; the exit status is all that is left to say
+    with contextlib.suppress(OSError):  # nobody listens: the exit status is all that is left to say
+        sys.stderr.write((_as_json(error) if json else _as_text(error)) + "\n")
     return int(error.exit_status)
 
 
@@ -91,15 +94,15 @@ def _as_text(error: CasbackupError) -> str:
 def _as_json(error: CasbackupError) -> str:
     import json
 
-    content: dict[str, object] = {
+    content: ErrorDocument = {
         "code": error.code,
         "message": error.message,
         "advice": _advice(error),
         "exit_status": int(error.exit_status),
-        "exit_status_name": ExitStatus(error.exit_status).name.lower(),
         "retryable": error.retryable,
     }
     session = _session(error)
     if session is not None:
         content["session"] = session
-    return json.dumps({"error": content}, indent=2)
+    failure: FailureDocument = {"error": content}
+    return json.dumps(failure, indent=2)

@@ -10,7 +10,7 @@ import click
 
 from casbackup.errors import CasbackupError, ExitStatus
 from casbackup_client.app import App
-from casbackup_client.cli import cli
+from casbackup_client.cli import COMPLETION_VARIABLE, cli
 from casbackup_client.failures import as_failure, report
 from casbackup_client.signals import signals_raise
 
@@ -25,11 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     app = App()
     try:
         with signals_raise():
-            status = cli.main(given or ["--help"], prog_name="casbackup", standalone_mode=False, obj=app)
+            status = _complete(app)
+            if status is None:
+                status = _run(app, given or ["--help"])
             sys.stdout.flush()
-            return status if isinstance(status, int) else ExitStatus.OK
-    except SystemExit as request:  # click ends a shell completion so
-        return request.code if isinstance(request.code, int) else ExitStatus.FAILED
+            return status
     except BrokenPipeError:
         _forget_output()
         return _OUTPUT_CLOSED
@@ -39,8 +39,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return report(as_failure(error), json=app.json or "--json" in given)
 
 
+def _run(app: App, arguments: list[str]) -> int:
+    """``click.Command.main`` without its own ideas of how a process ends."""
+    try:
+        with cli.make_context("casbackup", arguments, obj=app) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as request:  # --help and --version
+        return request.exit_code
+    return ExitStatus.OK
+
+
+def _complete(app: App) -> int | None:
+    """Answer a shell that asks what could stand at its cursor; None: it was not one that called."""
+    instruction = os.environ.get(COMPLETION_VARIABLE)
+    if not instruction:
+        return None
+    from click.shell_completion import shell_complete
+
+    return shell_complete(cli, {"obj": app}, "casbackup", COMPLETION_VARIABLE, instruction)
+
+
 def _tolerate_any_text() -> None:
-    """File names need not be valid text, and a terminal may know few characters: that must not end a backup."""
+    """File names need not be valid text, and a terminal may know few characters: that must not end a
+    backup.
+    """
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

@@ -51,12 +51,25 @@ _GLOBAL_OPTIONS = (
         shell_complete=_complete_profile,
         help="A profile of the configuration file.",
     ),
-    _global("namespace_option", "--namespace", metavar="NAME", help="The namespace; default: CASBACKUP_NAMESPACE, or `default`."),
+    _global(
+        "namespace_option",
+        "--namespace",
+        metavar="NAME",
+        help="The namespace; default: CASBACKUP_NAMESPACE, or `default`.",
+    ),
     _global("json", "--json", is_flag=True, help="Print one JSON document, and errors as JSON."),
-    _global("quiet", "-q", "--quiet", is_flag=True, help="No progress and no summary, only what was asked for and errors."),
+    _global(
+        "quiet",
+        "-q",
+        "--quiet",
+        is_flag=True,
+        help="No progress and no summary, only what was asked for and errors.",
+    ),
     _global("verbose", "-v", "--verbose", is_flag=True, help="More details."),
 )
-GLOBAL_NAMES = frozenset({"--repo", "--profile", "--namespace", "--json", "--quiet", "--verbose", "--help", "--version"})
+GLOBAL_NAMES = frozenset(
+    {"--repo", "--profile", "--namespace", "--json", "--quiet", "--verbose", "--help", "--version"}
+)
 
 
 def global_options(function: F) -> F:
@@ -100,10 +113,14 @@ def command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], click.
 
 
 def dry_run_option(what: str) -> Callable[[F], F]:
-    return click.option("-n", "--dry-run", is_flag=True, help=f"Show what {what} would do, and change nothing.")
+    return click.option(
+        "-n", "--dry-run", is_flag=True, help=f"Show what {what} would do, and change nothing."
+    )
 
 
-def _complete_reference(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> Sequence[str]:
+def _complete_reference(
+    _context: click.Context, _parameter: click.Parameter, incomplete: str
+) -> Sequence[str]:
     from casbackup_client.completion import references
 
     return references(_context.find_object(App) or App(), incomplete)

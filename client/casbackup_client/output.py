@@ -16,8 +16,12 @@ class Output:
         self.json = json
         self.quiet = quiet
 
-    def result(self, document: Mapping[str, object], view: Callable[[], View], *, essential: bool = True) -> None:
-        """Show a command's outcome: the document with ``--json``, else the view. ``essential`` ones ignore ``--quiet``."""
+    def result(
+        self, document: Mapping[str, object], view: Callable[[], View], *, essential: bool = True
+    ) -> None:
+        """Show a command's outcome: the document with ``--json``, else the view. ``essential`` ones ignore
+        ``--quiet``.
+        """
         if self.json:
             import json
 
@@ -25,10 +29,9 @@ class Output:
         elif essential or not self.quiet:
             self._show(view())
 
-    def remark(self, text: str) -> None:
-        """Something worth knowing beside the result."""
-        if not self.quiet:
-            print(f"casbackup: {printable(text)}", file=sys.stderr)
+    def complain(self, text: str) -> None:
+        """Something that must be known even with ``--quiet``, on stderr."""
+        sys.stderr.write(f"casbackup: {printable(text)}\n")
 
     def _show(self, view: View) -> None:
         if any(isinstance(block, Table) for block in view) and is_terminal(1):

@@ -1,4 +1,5 @@
-"""The progress of a job on a terminal: percentage, rate, time left, and for backups new, reused and zero bytes.
+"""The progress of a job on a terminal: percentage, rate, time left, and for backups new, reused and zero
+bytes.
 
 A job that is over within half a second shows nothing and does not pay for loading rich.
 """
@@ -33,18 +34,27 @@ class State(NamedTuple):
 
 
 class TerminalProgress:
-    """Implements ``Progress`` with one line on stderr, redrawn in place. Enter it around the job: leaving removes the line."""
+    """Implements ``Progress`` with one line on stderr, redrawn in place. Enter it around the job: leaving
+    removes the line.
+    """
 
     def __init__(self, *, patience_s: float = _PATIENCE_S) -> None:
         self._patience_s = patience_s
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._painter = threading.Thread(target=self._paint, name="progress", daemon=True)
-        self._restart("", None)
+        self._title = ""
+        self._total: int | None = None
+        self._counters: Counter[str] = Counter()
+        self._began_s = time.monotonic()
+        self._samples = [(self._began_s, 0)]
 
     def start(self, title: str, total_bytes: int | None) -> None:
         with self._lock:
-            self._restart(title, total_bytes)
+            self._title, self._total = title, total_bytes
+            self._counters.clear()
+            self._began_s = time.monotonic()
+            self._samples = [(self._began_s, 0)]
 
     def advance(self, **counters: int) -> None:
         with self._lock:
@@ -55,7 +65,9 @@ class TerminalProgress:
             self._title = ""
 
     def state(self) -> State:
-        """What to show now. The rate is that of the last seconds, since a mean over holes and data tells nothing."""
+        """What to show now. The rate is that of the last seconds, since a mean over holes and data tells
+        nothing.
+        """
         now = time.monotonic()
         with self._lock:
             done = self._counters["done"]
@@ -74,12 +86,6 @@ class TerminalProgress:
     ) -> None:
         self._over.set()
         self._painter.join()
-
-    def _restart(self, title: str, total_bytes: int | None) -> None:
-        self._title, self._total = title, total_bytes
-        self._counters: Counter[str] = Counter()
-        self._began_s = time.monotonic()
-        self._samples: list[tuple[float, int]] = [(self._began_s, 0)]
 
     def _paint(self) -> None:
         if self._over.wait(self._patience_s):
@@ -100,7 +106,9 @@ def _line(state: State, width: int) -> Text:
 
 
 def describe(state: State) -> str:
-    """One line: ``scsi0  42% 1.20 GiB of 2.85 GiB  812 MiB/s  0:02 left  new 31 MiB  reused 1.10 GiB  zero 60 MiB``."""
+    """One line: ``scsi0  42% 1.20 GiB of 2.85 GiB  812 MiB/s  0:02 left  new 31 MiB  reused 1.10 GiB  zero
+    60 MiB``.
+    """
     if not state.title:
         return ""
     return "  ".join([state.title, *_advance(state), *_counts(state.counters)])
@@ -111,7 +119,10 @@ def _advance(state: State) -> list[str]:
     rate = f"{format_size(state.rate)}/s"
     if not state.total_bytes:
         return [format_size(done), rate] if done else [format_duration(state.elapsed_s)]
-    parts = [f"{100 * done // state.total_bytes:3}% {format_size(done)} of {format_size(state.total_bytes)}", rate]
+    parts = [
+        f"{100 * done // state.total_bytes:3}% {format_size(done)} of {format_size(state.total_bytes)}",
+        rate,
+    ]
     if state.rate > 0:
         parts.append(f"{_clock((state.total_bytes - done) / state.rate)} left")
     return parts
@@ -119,10 +130,18 @@ def _advance(state: State) -> list[str]:
 
 def _counts(counters: dict[str, int]) -> list[str]:
     """The counters beside ``done``: bytes, but for the ones that count things."""
-    shown = [f"{name} {format_size(counters[name])}" for name in ("new", "reused", "zero") if name in counters]
-    return shown + [f"{value} {name}" for name, value in counters.items() if name not in ("done", "new", "reused", "zero")]
+    shown = [
+        f"{name} {format_size(counters[name])}" for name in ("new", "reused", "zero") if name in counters
+    ]
+    return shown + [
+        f"{value} {name}" for name, value in counters.items() if name not in ("done", "new", "reused", "zero")
+    ]
 
 
 def _clock(seconds: float) -> str:
     whole = int(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02}"
+    return (
+        f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+        if whole >= 3600
+        else f"{whole // 60}:{whole % 60:02}"
+    )

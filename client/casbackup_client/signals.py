@@ -16,10 +16,12 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def signals_raise() -> Iterator[None]:
-    """While entered, the first of the signals raises ``Interrupted``; the same one again ends the process at once.
+    """While entered, the first of the signals raises ``Interrupted``; the same one again ends the process
+    at once.
 
-    That is safe: whatever is half-done then is what a crash leaves, too. A signal that is ignored (nohup, background jobs
-    of a shell) stays ignored. Without effect outside of the main thread, which gets no signals.
+    That is safe: whatever is half-done then is what a crash leaves, too. A signal that is ignored (nohup,
+    background jobs of a shell) stays ignored. Without effect outside of the main thread, which gets no
+    signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -42,7 +44,9 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def wakeup_on_signal() -> Iterator[int]:
-    """Gives a descriptor that becomes readable when a signal comes, for threads that would wait for ever for something else."""
+    """Gives a descriptor that becomes readable when a signal comes, for threads that would wait for ever
+    for something else.
+    """
     ours, theirs = os.pipe()
     os.set_blocking(theirs, False)
     in_main = threading.current_thread() is threading.main_thread()

@@ -1,6 +1,7 @@
 """What a command shows to people, as values: lines and tables; and how they look as plain text.
 
-On a terminal tables are drawn by ``terminal``; everywhere else this is what a log or a pipe gets, and no other module is loaded.
+On a terminal tables are drawn by ``terminal``; everywhere else this is what a log or a pipe gets, and no
+other module is loaded.
 """
 
 from __future__ import annotations
@@ -27,10 +28,17 @@ View = Sequence[Block]
 
 
 def printable(text: str) -> str:
-    """The text without characters that would do something to a terminal; names and notes may come from anybody."""
+    """The text without characters that would do something to a terminal; names and notes may come from
+    anybody.
+    """
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def counted(number: int, thing: str) -> str:
+    """``1 pack``, ``2 packs``."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def one_line(text: str, length: int = 60) -> str:
@@ -66,7 +74,10 @@ def field_lines(fields: Fields) -> Iterator[str]:
 
 
 def _table_lines(table: Table) -> Iterator[str]:
-    rows = [[title_of(header) for header in table.headers], *([printable(cell) for cell in row] for row in table.rows)]
+    rows = [
+        [title_of(header) for header in table.headers],
+        *([printable(cell) for cell in row] for row in table.rows),
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.headers))]
     for row in rows:
         cells = (

@@ -96,8 +96,8 @@ class FakeNbd:
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
 
-    def connect(self, timeout_s: float = 5.0) -> NbdClient:
-        return NbdClient.connect(self.uri, connect_timeout_s=timeout_s, timeout_s=timeout_s)
+    def connect(self, timeout_s: float = 10.0, connect_timeout_s: float = 10.0) -> NbdClient:
+        return NbdClient.connect(self.uri, connect_timeout_s=connect_timeout_s, timeout_s=timeout_s)
 
     def close(self) -> None:
         for sock in (self._listener, *self._connections):
@@ -201,7 +201,7 @@ def running(command: list[str], address: str | tuple[str, int]) -> Iterator[None
             time.sleep(0.002)
         yield
     finally:
-        process.terminate()
+        process.kill()  # nbdkit would wait for its clients first
         process.wait()
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from casbackup.block.align import Aligned, byte_addressable
 from casbackup.block.device import BlockDevice
 from casbackup.block.guard import Guarded
 from casbackup.block.memory import MemoryDevice
@@ -65,6 +67,28 @@ def nbdkit_blocks(request: pytest.FixtureRequest) -> Opened:
     return _nbdkit(request, "--filter=blocksize-policy", "memory", *sizes, "blocksize-error-policy=error")
 
 
+def nbdkit_blocks_aligned(request: pytest.FixtureRequest) -> Opened:
+    inner = nbdkit_blocks(request)
+
+    @contextlib.contextmanager
+    def opened(content: bytes) -> Iterator[BlockDevice]:
+        with inner(content) as device:
+            yield byte_addressable(device)
+
+    return opened
+
+
+def aligned_memory(_request: pytest.FixtureRequest) -> Opened:
+    """Below the filter a guard sees to it that only whole blocks arrive."""
+
+    def opened(content: bytes) -> BlockDevice:
+        device = MemoryDevice(content)
+        device.capabilities = replace(device.capabilities, min_block_bytes=512)
+        return Aligned(Guarded(device))
+
+    return opened
+
+
 def qcow2(request: pytest.FixtureRequest) -> Opened:
     path = str(request.getfixturevalue("images") / "image.qcow2")
 
@@ -90,7 +114,7 @@ def vmdk_readonly(request: pytest.FixtureRequest) -> Opened:
 
 
 def fragmenting_server(request: pytest.FixtureRequest) -> Opened:
-    """A fake server that answers each read in small chunks, last first, zeros as holes, and reports status."""
+    """A fake server that answers reads in small chunks, last first, zeros as holes, and reports status."""
     server, replies = request.getfixturevalue("fake"), request.getfixturevalue("replies")
 
     def opened(content: bytes) -> BlockDevice:
@@ -111,6 +135,8 @@ IMPLEMENTATIONS: dict[Factory, tuple[bool, int]] = {
     nbdkit_memory: (True, 1),
     nbdkit_bare: (True, 1),
     nbdkit_blocks: (True, 4096),
+    nbdkit_blocks_aligned: (True, 4096),
+    aligned_memory: (True, 1),
     qcow2: (True, 512),
     vmdk_readonly: (False, 512),
     fragmenting_server: (False, 1),
@@ -154,7 +180,7 @@ def sparse_file(request: pytest.FixtureRequest, content: bytes) -> str:
     path = request.getfixturevalue("tmp_path") / "image.raw"
     with open(path, "wb") as file:
         for offset in range(0, len(content), 4096):
-            if any(content[offset : offset + 4096]):
+            if content[offset : offset + 4096].strip(b"\0"):
                 file.seek(offset)
                 file.write(content[offset : offset + 4096])
         file.truncate(len(content))
@@ -204,4 +230,4 @@ class _FragmentingAnswers:
         return self._replies.data(cookie, offset, self._content[offset : offset + length], done=False)
 
     def _any(self, offset: int, length: int) -> bool:
-        return any(self._content[offset : offset + length])
+        return bool(self._content[offset : offset + length].strip(b"\0"))

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from casbackup.block.align import Aligned
 from casbackup.block.device import BlockDevice, read_bytes
 from casbackup.block.guard import Guarded
 from casbackup.block.memory import MemoryDevice
 from casbackup.block.nbd.client import NbdClient
 from casbackup.block.rawfile import RawFile
-from casbackup.testing.block import _check_extents
+from casbackup.testing.block import check_extents
 
 SIZE = 300_001
 
@@ -38,12 +40,14 @@ steps = st.builds(
 )
 
 
-@pytest.fixture(params=["memory", "raw file", "nbdkit", "nbdkit without extras"])
+@pytest.fixture(params=["memory", "blocks", "raw file", "nbdkit", "nbdkit without extras"])
 def opened(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> Iterator[Callable[[], contextlib.AbstractContextManager[BlockDevice]]]:
     if request.param == "memory":
         yield lambda: MemoryDevice(SIZE)
+    elif request.param == "blocks":
+        yield blocks
     elif request.param == "raw file":
         path = tmp_path / "disk.raw"
         path.touch()
@@ -56,7 +60,13 @@ def opened(
             yield lambda: NbdClient.connect(uri)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def blocks() -> BlockDevice:
+    device = MemoryDevice(SIZE)
+    device.capabilities = replace(device.capabilities, min_block_bytes=4096)
+    return Aligned(Guarded(device))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plan=st.lists(steps, max_size=25))
 def test_device_is_a_bytearray(opened: Any, plan: list[Step]) -> None:
     model = bytearray(SIZE)
@@ -81,4 +91,4 @@ def apply(device: BlockDevice, model: bytearray, step: Step, number: int) -> Non
     elif step.action == "flush":
         device.flush()
     else:
-        _check_extents(list(device.extents(offset, length)), offset, length, bytes(model))
+        check_extents(list(device.extents(offset, length)), offset, length, bytes(model))

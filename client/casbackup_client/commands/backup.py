@@ -1,0 +1,166 @@
+"""``casbackup backup``."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import click
+
+from casbackup_client.app import App
+from casbackup_client.options import command, pass_app, vm_argument
+from casbackup_client.views import counted
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+    from casbackup.jobs.backup import BackupRequest, DiskInput
+    from casbackup.repository.catalog import Snapshot
+    from casbackup_client.views import View
+
+
+def _complete_source(
+    _context: click.Context, _parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="file")]
+
+
+@command("backup")
+@vm_argument()
+@click.argument("disks", metavar="[DISK=SOURCE]...", nargs=-1, shell_complete=_complete_source)
+@click.option(
+    "--config",
+    "configs",
+    metavar="[NAME=]PATH",
+    multiple=True,
+    help="A file to keep with the disks, such as the VM's configuration. Repeatable.",
+)
+@click.option(
+    "--label", "labels", metavar="LABEL", multiple=True, help="A label for the snapshot. Repeatable."
+)
+@click.option("--notes", metavar="TEXT", default="", help="Notes for the snapshot.")
+@click.option(
+    "--format", "image_format", metavar="FORMAT", help="The sources' image format, such as raw or qcow2."
+)
+@click.option("--resume", metavar="SESSION", help="Go on with a session that was interrupted.")
+@click.option(
+    "--time", metavar="TIME", help="The snapshot's time, such as 2026-11-22T20:00:00Z; default: now."
+)
+@pass_app
+def backup(
+    app: App,
+    vm: str,
+    disks: tuple[str, ...],
+    configs: tuple[str, ...],
+    labels: tuple[str, ...],
+    notes: str,
+    image_format: str | None,
+    resume: str | None,
+    time: str | None,
+) -> None:
+    """Back up the disks of a VM as one snapshot.
+
+    A SOURCE is a raw file, a block device, an image of any format that qemu-img knows (qcow2, vmdk, vhdx,
+    ...), an NBD URI (nbd://host/export, nbd+unix:///export?socket=PATH), or - for a raw disk from standard
+    input.
+
+    \b
+    casbackup backup vm/100 scsi0=vm.raw
+    casbackup backup vm/100 scsi0=root.qcow2 virtio1=/dev/vg0/data --config 100.conf
+    zcat vm.raw.gz | casbackup backup vm/100 scsi0=-
+
+    What is stored already is not stored again. An interrupted backup leaves no snapshot, and what it stored
+    is not sent again by the next one.
+    """
+    from casbackup.clock import parse_time
+    from casbackup.ids import parse_label, parse_session, parse_vm
+    from casbackup.jobs import backup as job
+    from casbackup_client import sources
+
+    name = parse_vm(vm)
+    wanted = sources.parse_disks(disks)
+    session = None if resume is None else parse_session(resume)
+    checked_labels = tuple(dict.fromkeys(parse_label(label) for label in labels))
+    time_ms = None if time is None else parse_time(time)
+    files = sources.read_configs(configs)
+
+    def request(inputs: list[DiskInput]) -> BackupRequest:
+        return job.BackupRequest(
+            app.namespace, name, inputs, files, checked_labels, notes, _host(), _program(), time_ms, session
+        )
+
+    with app.peer() as peer, sources.opened(wanted, image_format) as inputs, app.progress() as progress:
+        snapshot = job.backup(peer, request(inputs), progress)
+    _show(app, snapshot)
+
+
+def _host() -> str:
+    return os.uname().nodename
+
+
+def _program() -> str:
+    from casbackup import __version__
+
+    return f"casbackup {__version__}"
+
+
+def _show(app: App, snapshot: Snapshot) -> None:
+    from casbackup_client.documents import snapshot_document
+    from casbackup_client.output import is_terminal
+
+    app.output.result(
+        {"snapshot": snapshot_document(snapshot)},
+        lambda: _details(snapshot) if is_terminal(1) or app.verbose else _summary(snapshot),
+        essential=False,
+    )
+
+
+def _rate(snapshot: Snapshot) -> str:
+    from casbackup.units import format_duration, format_size
+
+    stats = snapshot.manifest.stats
+    seconds = stats.duration_ms / 1000
+    rate = f", {format_size(stats.read_bytes / seconds)}/s" if seconds > 0 and stats.read_bytes else ""
+    return f"{format_duration(seconds)}{rate}"
+
+
+def _summary(snapshot: Snapshot) -> View:
+    """One line, for a log."""
+    from casbackup.units import format_size as size
+
+    stats = snapshot.manifest.stats
+    return [
+        f"{snapshot.reference} {snapshot.id[:8]}: {_disks(snapshot)}, read {size(stats.read_bytes)}, "
+        f"new {size(stats.new_bytes)}, reused {size(stats.reused_bytes)}, zero {size(stats.zero_bytes)}, "
+        f"added {size(stats.new_stored_bytes)}, {_rate(snapshot)}"
+    ]
+
+
+def _details(snapshot: Snapshot) -> View:
+    """Some lines, for somebody who waited for it."""
+    from casbackup.units import format_size as size
+    from casbackup_client.views import Fields
+
+    stats = snapshot.manifest.stats
+    items = [
+        ("snapshot", snapshot.reference),
+        ("id", snapshot.id),
+        ("disks", _disks(snapshot)),
+        ("read", f"{size(stats.read_bytes)} in {_rate(snapshot)}"),
+        ("new", f"{size(stats.new_bytes)} in {stats.new_chunks} chunks"),
+        ("reused", size(stats.reused_bytes)),
+        ("zero", size(stats.zero_bytes)),
+        ("added", f"{size(stats.new_stored_bytes)} to the repository"),
+    ]
+    return [Fields(items)]
+
+
+def _disks(snapshot: Snapshot) -> str:
+    from casbackup.units import format_size
+
+    manifest = snapshot.manifest
+    disks = ", ".join(f"{disk.name} {format_size(disk.size_bytes)}" for disk in manifest.disks)
+    configs = counted(len(manifest.configs), "config") if manifest.configs else ""
+    return ", ".join(part for part in (disks, configs) if part)

@@ -1,0 +1,316 @@
+"""The pages of ``docs/spec/``: byte tables as in the structs, examples as the code makes them.
+
+    python tests/docs/test_spec.py       writes the examples into the pages
+
+A table that is compared stands below ``<!-- layout: NAME -->``, an example below ``<!-- example: NAME -->``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from struct import Struct
+from typing import NamedTuple
+
+import msgpack
+import pytest
+from blake3 import blake3
+
+from casbackup import limits
+from casbackup.chunking import block_sample
+from casbackup.codec import hashing
+from casbackup.codec.records import encode_blob
+from casbackup.ids import ZERO_ID, DiskName, Namespace, PackId, SessionId, VmName
+from casbackup.spec import indexdb, magic, manifest, node, outline, pack, record
+from casbackup.spec.config import ChunkerConfig, RepositoryConfig, encode_config
+from casbackup.store.packfile import encode_footer, encode_header
+from casbackup.units import MiB
+
+PAGES = Path(__file__).parents[2] / "docs" / "spec"
+
+# --- tables
+
+
+class Field(NamedTuple):
+    offset: int
+    length: int
+
+
+def fields_of(layout: Struct) -> list[Field]:
+    """The fields of a struct, padding included. Neighbouring fields of padding are one."""
+    fields: list[Field] = []
+    offset = 0
+    for count, code in re.findall(r"(\d*)([a-zA-Z])", layout.format):
+        whole = code in "sx"
+        length = int(count or 1) if whole else Struct("<" + code).size
+        for _ in range(1 if whole else int(count or 1)):
+            fields.append(Field(offset, length))
+            offset += length
+    assert offset == layout.size
+    return fields
+
+
+def with_checksum(layout: Struct, length: int) -> list[Field]:
+    return [*fields_of(layout), Field(layout.size, length)]
+
+
+LAYOUTS: dict[str, list[Field]] = {
+    "pack header": with_checksum(pack._HEADER, 16),
+    "record header": with_checksum(record._CHECKED, record.CHECKSUM_BYTES),
+    "footer entry": fields_of(pack._ENTRY),
+    "pack trailer": with_checksum(pack._TRAILER, 16),
+    "leaf header": fields_of(node._HEADER),
+    "extent": fields_of(node._EXTENT),
+    "inner header": fields_of(node._HEADER),
+    "manifest header": fields_of(manifest._HEADER),
+    "blob entry": fields_of(indexdb.BLOB_VALUE),
+    "outline header": fields_of(outline._HEADER),
+    "outline chunk": fields_of(outline._CHUNK),
+}
+
+
+def page_text() -> str:
+    return "\n".join(page.read_text(encoding="utf-8") for page in sorted(PAGES.glob("*.md")))
+
+
+def table_below(name: str) -> list[Field]:
+    found = re.search(rf"<!-- layout: {name} -->\n+((?:\|.*\n)+)", page_text())
+    assert found, f"no table of the {name}"
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines()]
+    assert rows[0][:2] == ["offset", "bytes"], rows[0]
+    return [Field(int(row[0]), int(row[1])) for row in rows[2:]]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_table_is_the_codes(name: str) -> None:
+    assert table_below(name) == LAYOUTS[name]
+
+
+def test_every_table_is_compared() -> None:
+    assert set(re.findall(r"<!-- layout: (.*) -->", page_text())) == set(LAYOUTS)
+
+
+# --- examples
+
+PLAIN = b"hello, casbackup\n"
+PACK = PackId("00112233445566778899aabbccddeeff")
+SESSION = SessionId("0123456789abcdef0123456789abcdef")
+CHUNK = encode_blob(record.BlobKind.CHUNK, PLAIN, 2)
+LEAF = node.encode_leaf([node.Extent(17, 0, CHUNK.id), node.zero_extent(4079)])
+LEAF_ID = hashing.blob_id(record.BlobKind.NODE, LEAF)
+MANIFEST = manifest.Manifest(
+    namespace=Namespace("default"),
+    vm=VmName("vm/100"),
+    time_ms=1795377600123,
+    sequence=1,
+    disks=(manifest.DiskRecord(DiskName("scsi0"), 4096, LEAF_ID, "/vm.raw"),),
+)
+
+Part = tuple[str, bytes]
+
+
+def split(data: bytes, *parts: tuple[str, int]) -> list[Part]:
+    """Cut ``data`` into named parts; it must be used up."""
+    found: list[Part] = []
+    for name, length in parts:
+        found.append((name, data[:length]))
+        data = data[length:]
+    assert not data
+    return found
+
+
+def pack_example() -> list[Part]:
+    header = encode_header(PACK, SESSION)
+    first = pack.PackEntry(64, len(CHUNK.payload), CHUNK.plain_length, CHUNK.kind, CHUNK.flags, CHUNK.id)
+    end = 64 + CHUNK.total_bytes
+    data = header + CHUNK.header + bytes(CHUNK.payload) + encode_footer(PACK, [first], end)
+    return split(
+        data,
+        ("header: magic", 8), ("version", 2), ("reserved", 6), ("pack id", 16), ("session id", 16),
+        ("checksum", 16),
+        ("record: magic", 4), ("kind: chunk", 1), ("flags: none", 1), ("reserved", 2), ("stored length", 4),
+        ("plain length", 4), ("id", 32), ("checksum", 16), ("payload", 17),
+        ("footer: offset", 4), ("stored length", 4), ("plain length", 4), ("kind, flags", 2), ("reserved", 2),
+        ("id", 32),
+        ("trailer: magic", 8), ("records", 4), ("reserved", 4), ("footer's offset", 8), ("pack id", 16),
+        ("reserved", 8), ("checksum", 16),
+    )  # fmt: skip
+
+
+def leaf_example() -> list[Part]:
+    return split(
+        LEAF,
+        ("type, version", 2), ("count", 2), ("span", 4),
+        ("length", 4), ("skip", 4), ("chunk", 32),
+        ("length", 4), ("skip", 4), ("zeros", 32),
+    )  # fmt: skip
+
+
+def inner_example() -> list[Part]:
+    data = node.encode_inner(1, [ZERO_ID, LEAF_ID])
+    return split(
+        data, ("type, version", 2), ("count", 2), ("level", 4), ("child 0: zeros", 32), ("child 1", 32)
+    )
+
+
+def manifest_example() -> list[Part]:
+    data, _ = manifest.encode_manifest(MANIFEST)
+    return split(
+        data,
+        ("magic", 8), ("version", 2), ("flags", 2), ("body length", 4), ("body", len(data) - 48),
+        ("checksum", 32),
+    )  # fmt: skip
+
+
+def entry_example() -> list[Part]:
+    value = indexdb.BlobEntry(1, 64, 17, 17, 1, 1795377600, 0, 1, 0, 0).encode()
+    return split(
+        value,
+        ("pack number", 4), ("offset", 4), ("stored length", 4), ("plain length", 4), ("session number", 4),
+        ("verified", 4), ("dying epoch", 4), ("kind, flags, state, reserved", 4),
+    )  # fmt: skip
+
+
+def outline_example() -> list[Part]:
+    value = outline.encode_leaf_outline(152, [(CHUNK.id, CHUNK.total_bytes, CHUNK.plain_length)])
+    return split(
+        value,
+        ("type", 1),
+        ("record bytes", 4),
+        ("chunk's first 8 bytes", 8),
+        ("record bytes", 4),
+        ("plain", 4),
+    )
+
+
+def hexdump(parts: list[Part]) -> str:
+    """A line for each 16 bytes of a part: offset, bytes, name."""
+    lines: list[str] = []
+    offset = 0
+    for name, data in parts:
+        for start in range(0, len(data), 16):
+            row = data[start : start + 16]
+            lines.append(f"{offset:4}  {row.hex(' '):<47}  {name if not start else ''}".rstrip())
+            offset += len(row)
+    return "\n".join(lines)
+
+
+def names_example() -> str:
+    lines = [f"{'plain bytes':<12}{PLAIN!r}"]
+    lines += [
+        f"{f'as {kind.name.lower()}':<12}{hashing.blob_id(kind, PLAIN).hex()}" for kind in record.BlobKind
+    ]
+    return "\n".join(lines)
+
+
+def keys_example() -> str:
+    keys = (hashing.CHUNK_KEY, hashing.NODE_KEY, hashing.CONFIG_KEY)
+    return "\n".join(
+        f"{name:<8}{key.hex()}" for name, key in zip(("chunk", "node", "config"), keys, strict=True)
+    )
+
+
+def config_example() -> str:
+    config = RepositoryConfig("f550d5f295c6f82a21664a20021babe1", "2026-11-22T23:26:08.742Z")
+    return encode_config(config).decode().strip()
+
+
+def body_example() -> str:
+    body = msgpack.unpackb(manifest.encode_manifest(MANIFEST)[0][16:-32])
+    name, size, root, source = body["disks"][0]
+    disks = f"[[{name!r}, {size}, {root.hex()}, {source!r}]]"
+    lines = [f"{key:<10} {disks if key == 'disks' else value}" for key, value in body.items()]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def samples_example() -> str:
+    return ", ".join(str(offset) for offset in block_sample._SAMPLE_OFFSETS)
+
+
+def cut_table_example() -> str:
+    table = block_sample._cut_table(ChunkerConfig().cuts_in_256)
+    values = [f"{value:02x}" for value in range(256) if table[value]]
+    return "\n".join(" ".join(values[start : start + 20]) for start in range(0, len(values), 20))
+
+
+EXAMPLES: dict[str, Callable[[], str]] = {
+    "ids": names_example,
+    "keys": keys_example,
+    "pack": lambda: hexdump(pack_example()),
+    "leaf": lambda: hexdump(leaf_example()),
+    "inner": lambda: hexdump(inner_example()),
+    "manifest": lambda: hexdump(manifest_example()),
+    "manifest body": body_example,
+    "config": config_example,
+    "blob entry": lambda: hexdump(entry_example()),
+    "leaf outline": lambda: hexdump(outline_example()),
+    "sample offsets": samples_example,
+    "cut table": cut_table_example,
+}
+
+_EXAMPLE = r"(<!-- example: {} -->\n+```[a-z]*\n)((?:(?!```).*\n)*?(?!```).*)(\n```)"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_is_what_the_code_makes(name: str) -> None:
+    found = re.search(_EXAMPLE.format(name), page_text())
+    assert found, f"no example of {name}"
+    assert found[2] == EXAMPLES[name]()
+
+
+def test_every_example_is_compared() -> None:
+    assert set(re.findall(r"<!-- example: (.*) -->", page_text())) == set(EXAMPLES)
+
+
+# --- figures in the prose
+
+
+def facts() -> Iterator[tuple[str, str]]:
+    """(page, text that must stand in it)"""
+    for name, value in (
+        ("PACK_HEADER", magic.PACK_HEADER),
+        ("PACK_TRAILER", magic.PACK_TRAILER),
+        ("RECORD", magic.RECORD),
+        ("MANIFEST", magic.MANIFEST),
+    ):
+        sentence = magic.SENTENCES[name]
+        assert blake3(sentence.encode()).digest().startswith(value)
+        yield "overview.md", f"| `{value.hex(' ')}` | {sentence} |"
+    yield "tree.md", f"{node.MAX_EXTENTS:,} extents"
+    yield "tree.md", f"{limits.FANOUT} children"
+    yield "tree.md", f"{limits.MAX_LEVEL} levels of inner nodes"
+    yield "manifest.md", f"{limits.MAX_MANIFEST_BYTES // MiB} MiB"
+    yield "manifest.md", f"snapshot id  {manifest.encode_manifest(MANIFEST)[1]}"
+    for database in indexdb.DATABASES:
+        yield "index.md", f"| `{database.decode()}` |"
+
+
+@pytest.mark.parametrize(("page", "text"), list(facts()))
+def test_prose_agrees(page: str, text: str) -> None:
+    assert text in (PAGES / page).read_text(encoding="utf-8")
+
+
+def test_config_keys_are_documented() -> None:
+    text = (PAGES / "config.md").read_text(encoding="utf-8")
+    for name in (*RepositoryConfig.__slots__, *(f"chunker.{name}" for name in ChunkerConfig.__slots__)):
+        assert f"| `{name}` |" in text
+
+
+def test_manifest_keys_are_documented() -> None:
+    text = (PAGES / "manifest.md").read_text(encoding="utf-8")
+    body = msgpack.unpackb(manifest.encode_manifest(MANIFEST)[0][16:-32])
+    for name in (*body, *(f"stats.{name}" for name in manifest.BackupStats.__slots__)):
+        assert f"| `{name}` |" in text
+
+
+def write_examples() -> None:
+    for page in PAGES.glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        for name, make in EXAMPLES.items():
+            text = re.sub(_EXAMPLE.format(name), lambda m, make=make: m[1] + make() + m[3], text)
+        page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_examples()
