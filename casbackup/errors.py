@@ -342,7 +342,7 @@ class DamageFound(DataDamage):
     """A check found damage; the report lists what is affected."""
 
     code = "damage-found"
-    advice = "Back the affected VMs up again (that heals what is still the same on their disks), then run `casbackup repair`."
+    advice = "Back the affected VMs up again (that heals what their disks still hold), then run `casbackup repair`."
 
 
 class RestoreIncomplete(DataDamage):

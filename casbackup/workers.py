@@ -18,7 +18,8 @@ def worker_count() -> int:
 def run_workers(work: Callable[[threading.Event], None], count: int) -> None:
     """Run ``work`` in ``count`` threads and wait for them. It should return soon once the event is set.
 
-    The first error of any of them, or one that interrupts the waiting (a signal), sets the event and is raised when all have ended.
+    The first error of any of them, or one that interrupts the waiting (a signal), sets the event and is raised
+    when all have ended.
     """
     stop = threading.Event()
     failures: list[BaseException] = []
@@ -26,7 +27,7 @@ def run_workers(work: Callable[[threading.Event], None], count: int) -> None:
     def guarded() -> None:
         try:
             work(stop)
-        except BaseException as error:  # handed to the waiting thread
+        except BaseException as error:  # noqa: BLE001  handed to the waiting thread
             failures.append(error)
             stop.set()
 

@@ -10,9 +10,7 @@ from casbackup.block.qemu_nbd import QemuImage
 from casbackup.block.target import Target
 
 
-def create_image_target(
-    path: str, size_bytes: int, *, image_format: str = "qcow2", force: bool = False
-) -> Target:
+def create_image_target(path: str, size_bytes: int, *, image_format: str = "qcow2", force: bool = False) -> Target:
     """A new image at ``path``, which appears there on ``commit``. See ``target`` for the order of that.
 
     The device's size is ``size_bytes`` rounded up to a multiple of 512: QEMU knows no others.

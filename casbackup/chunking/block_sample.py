@@ -1,10 +1,11 @@
 """Content-defined chunking at file-system-block granularity.
 
-A guest's file system moves data in 4 KiB blocks, so a block's content is a good place to cut and a rolling hash over every
-byte is wasted work. Each block's fingerprint is the XOR of 16 of its bytes, at fixed places spread over the block; a
-pseudo-random subset of the 256 values ends a chunk. Taking byte ``k`` of every block is one slice with a step, and XOR and
-OR of the slices are big-integer operations, so a 4 MiB segment costs some 50 C calls and no numpy, whose import alone would
-take as long as finding nothing new on a gigabyte (figures: ``docs/decisions/0002-chunker.md``).
+A guest's file system moves data in 4 KiB blocks, so a block's content is a good place to cut and a rolling hash
+over every byte is wasted work. Each block's fingerprint is the XOR of 16 of its bytes, at fixed places spread over
+the block; a pseudo-random subset of the 256 values ends a chunk. Taking byte ``k`` of every block is one slice
+with a step, and XOR and OR of the slices are big-integer operations, so a 4 MiB segment costs some 50 C calls and
+no numpy, whose import alone would take as long as finding nothing new on a gigabyte (figures:
+``docs/decisions/0002-chunker.md``).
 
 Runs of all-zero blocks become zero spans; the OR of the same samples finds candidates, a memcmp confirms them.
 """
@@ -20,7 +21,8 @@ from casbackup.limits import BLOCK_BYTES, SEGMENT_BYTES
 from casbackup.spec.config import ChunkerConfig
 
 _SAMPLES = 16
-_SAMPLE_OFFSETS = tuple(i * (BLOCK_BYTES // _SAMPLES) + (i * 37 + 11) % (BLOCK_BYTES // _SAMPLES) for i in range(_SAMPLES))
+_STRIDE = BLOCK_BYTES // _SAMPLES
+_SAMPLE_OFFSETS = tuple(i * _STRIDE + (i * 37 + 11) % _STRIDE for i in range(_SAMPLES))
 _ZEROS = bytes(SEGMENT_BYTES)
 
 
@@ -45,7 +47,8 @@ class BlockSampleChunker:
     def spans(self, segment: bytearray, length: int) -> list[Span]:
         """Cut the first ``length`` bytes of ``segment`` into chunks and zero spans, in order, without gaps.
 
-        ``segment`` must hold zeros from ``length`` to the end of its last block. The result depends on nothing but the bytes.
+        ``segment`` must hold zeros from ``length`` to the end of its last block. The result depends on nothing but
+        the bytes.
         """
         blocks = -(-length // BLOCK_BYTES)
         data = segment if len(segment) == blocks * BLOCK_BYTES else segment[: blocks * BLOCK_BYTES]
@@ -94,7 +97,7 @@ class BlockSampleChunker:
         return runs
 
     def _cut(self, cuts: bytes, start: int, end: int, spans: list[Span]) -> None:
-        """Cut the blocks [start, end): after a block that ends a chunk, not before ``min``, at the latest at ``max``."""
+        """Cut the blocks [start, end): after one that ends a chunk, not before ``min``, at the latest at ``max``."""
         while start < end:
             latest = min(start + self._max, end)
             found = cuts.find(b"\1", start + self._min - 1, latest)

@@ -1,7 +1,8 @@
 """Ids and checksums; the only module that knows how they are computed.
 
-An id is the BLAKE3 of the plain bytes keyed by the blob's kind, so that a chunk whose content happens (or is made) to look
-like a tree node never has that node's id. The keys are derived from a public sentence: in a plain repository everybody may compute ids.
+An id is the BLAKE3 of the plain bytes keyed by the blob's kind, so that a chunk whose content happens (or is made)
+to look like a tree node never has that node's id. The keys are derived from a public sentence: in a plain
+repository everybody may compute ids.
 """
 
 from __future__ import annotations

@@ -101,5 +101,3 @@ def decode_record(record: Record) -> Buffer:
     :raise BlobDamaged: when they do not have it.
     """
     return decode_payload(record.id, record.kind, record.flags, record.plain_length, record.payload)
-
-

@@ -1,8 +1,8 @@
 """The backup job: read, cut, hash, ask what is missing, compress and send that, commit.
 
-Each worker takes whole segments: the bytes stay in its one reused buffer, and reading, hashing, compressing and writing happen in C
-with the GIL released. A segment's leaf is asked for first; if the other side has it, it has all its chunks (the closure
-invariant), and the segment is done with one look-up.
+Each worker takes whole segments: the bytes stay in its one reused buffer, and reading, hashing, compressing and
+writing happen in C with the GIL released. A segment's leaf is asked for first; if the other side has it, it has
+all its chunks (the closure invariant), and the segment is done with one look-up.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from casbackup.codec.records import encode_blob, encode_record
 from casbackup.errors import CasbackupError, DuplicateDisk, UsageError
 from casbackup.ids import ZERO_ID, BlobId, DiskName, Namespace, SessionId, VmName, parse_config_name, parse_label
 from casbackup.jobs.segments import Filled, SegmentSource
-from casbackup.workers import run_workers, worker_count
 from casbackup.limits import MAX_CONFIG_BYTES, MAX_CONFIGS, MAX_DISKS, MAX_LABELS, MAX_NOTES_BYTES, SEGMENT_BYTES
 from casbackup.peer.api import Peer, PeerSession
 from casbackup.progress import NoProgress, Progress
@@ -30,6 +29,7 @@ from casbackup.spec.manifest import BackupStats, ConfigRecord, DiskRecord, Manif
 from casbackup.spec.node import Extent, zero_extent
 from casbackup.spec.record import BlobKind, Record
 from casbackup.tree.builder import TreeBuilder, leaf_bytes
+from casbackup.workers import run_workers, worker_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +75,13 @@ class BackupRequest:
             raise UsageError(f"the notes have more than {MAX_NOTES_BYTES} bytes")
 
 
-def backup(peer: Peer, request: BackupRequest, progress: Progress | None = None, clock: Clock | None = None) -> Snapshot:
+def backup(
+    peer: Peer, request: BackupRequest, progress: Progress | None = None, clock: Clock | None = None
+) -> Snapshot:
     """Back up all disks of a VM as one snapshot.
 
-    On an error the session is parked, so that what was stored can be resumed, and the error has the session's id in ``session``.
+    On an error the session is parked, so that what was stored can be resumed, and the error has the session's id
+    in ``session``.
 
     :raise SourceError: when a disk cannot be read. :raise RepositoryError: when the repository cannot take it.
     """

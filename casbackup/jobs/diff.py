@@ -33,9 +33,7 @@ class SnapshotDifference:
     """Names of configs that were added, removed or changed."""
 
 
-def diff_snapshots(
-    peer: Peer, old: Snapshot, new: Snapshot, only: Sequence[str] = ()
-) -> SnapshotDifference:
+def diff_snapshots(peer: Peer, old: Snapshot, new: Snapshot, only: Sequence[str] = ()) -> SnapshotDifference:
     """Compare two snapshots; ``only`` names the disks of interest, none meaning all."""
     old_disks = {d.name: d for d in old.manifest.disks if not only or d.name in only}
     new_disks = {d.name: d for d in new.manifest.disks if not only or d.name in only}

@@ -1,7 +1,9 @@
-"""The restore job: walk a disk's tree, fetch chunks in pack order, verify each against its id, write it where it belongs.
+"""The restore job: walk a disk's tree, fetch chunks in pack order, verify each against its id, write it where it
+belongs.
 
-Threads take whole segments. Zeros are not written to a target that is known to be zero. With ``in_place`` the target is read
-first and only what differs is fetched and written; with ``best_effort`` lost ranges become zeros and are reported.
+Threads take whole segments. Zeros are not written to a target that is known to be zero. With ``in_place`` the
+target is read first and only what differs is fetched and written; with ``best_effort`` lost ranges become zeros
+and are reported.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from casbackup.codec.hashing import blob_id
 from casbackup.errors import DataDamage, SnapshotNotFound
 from casbackup.fs import Buffer
 from casbackup.ids import BlobId
-from casbackup.workers import run_workers, worker_count
 from casbackup.limits import SEGMENT_BYTES
 from casbackup.peer.api import Peer
 from casbackup.peer.disk import fetch_nodes, verified
@@ -26,6 +27,7 @@ from casbackup.spec.node import Extent
 from casbackup.spec.record import BlobKind
 from casbackup.tree.diff import Range, merged
 from casbackup.tree.reader import DiskTree, Segment
+from casbackup.workers import run_workers, worker_count
 
 _ZEROS = bytes(SEGMENT_BYTES)
 

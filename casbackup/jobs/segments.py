@@ -1,4 +1,6 @@
-"""Where a backup gets its segments from: a block device, in parallel and without its holes, or a stream of unknown length."""
+"""Where a backup gets its segments from: a block device, in parallel and without its holes, or a stream of unknown
+length.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class SegmentSource(Protocol):
     """Gives each segment that is not known to be zero once; any number of threads may take them."""
 
     def fill(self, buffer: memoryview) -> Filled | None:
-        """Fill a buffer of SEGMENT_BYTES with the next segment, zeros up to the end of its last block; None at the end."""
+        """Fill a buffer of SEGMENT_BYTES with the next segment, zeros up to the end of its last block; None at the
+        end.
+        """
 
     def size_bytes(self) -> int:
         """The disk's size, once ``fill`` has given None.

@@ -1,4 +1,6 @@
-"""What a job may ask of the other side. A job moves data through a ``Peer`` only, so it runs unchanged against any of them."""
+"""What a job may ask of the other side. A job moves data through a ``Peer`` only, so it runs unchanged against any of
+them.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ from casbackup.store.writer import StoredBytes
 class PeerSession(Protocol):
     """One backup in progress; safe from several threads but for its end.
 
-    Order of use: ``missing`` and ``send`` in any number, then one of ``commit``, ``abort`` or ``park``. Children are sent in an
-    earlier call than the nodes that name them. What ``missing`` did not return, and what was sent, stays stored until the session ends.
+    Order of use: ``missing`` and ``send`` in any number, then one of ``commit``, ``abort`` or ``park``. Children
+    are sent before the nodes that name them. What ``missing`` did not return, and what was sent, stays stored
+    until the session ends.
     """
 
     @property
@@ -31,7 +34,8 @@ class PeerSession(Protocol):
     def send(self, records: Sequence[Record]) -> StoredBytes:
         """Store blobs. Sending what is stored already is not an error and counts nothing.
 
-        :raise ClosureViolation: when a tree node names something that no earlier call stored; nothing of this call is stored then.
+        :raise ClosureViolation: when a tree node names something that is neither stored nor sent before it. What
+            stands before that node is stored all the same.
         """
 
     def flush(self) -> None:
@@ -67,7 +71,8 @@ class Peer(Protocol):
         """:raise SnapshotNotFound: / :raise SnapshotAmbiguous: when not exactly one matches."""
 
     def fetch(self, ids: Sequence[BlobId]) -> Iterator[Fetched]:
-        """The records of distinct ``ids`` in whatever order is quickest; what cannot be had comes as an error in its place.
+        """The records of distinct ``ids`` in whatever order is quickest; what cannot be had comes as an error in its
+        place.
 
         Records are not verified here: whoever decodes one verifies it against its id.
         """

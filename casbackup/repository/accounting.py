@@ -1,8 +1,9 @@
 """What snapshots cost: exact, by looking at which snapshots need each blob.
 
-Every distinct tree node gets the set of snapshots that reach it, as the bits of an integer, handed down from the roots once a node.
-A blob's set is the union over the leaves that name it. Sums of bytes by set answer every question: unique to one snapshot,
-shared, and what forgetting any group of them would free. Sizes come from outlines in the index, so no pack is opened.
+Every distinct tree node gets the set of snapshots that reach it, as the bits of an integer, handed down from the
+roots once a node. A blob's set is the union over the leaves that name it. Sums of bytes by set answer every
+question: unique to one snapshot, shared, and what forgetting any group of them would free. Sizes come from
+outlines in the index, so no pack is opened.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ _CHUNK = np.dtype([("prefix", "<u8"), ("stored", "<u4"), ("plain", "<u4")])
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Of a group of snapshots. ``stored``: bytes in packs of all that it needs; ``unique`` of it is needed by nothing else,
-    so forgetting the group frees it; ``shared`` is needed by others too."""
+    """Of a group of snapshots. ``stored``: bytes in packs of all that it needs; ``unique`` of it is needed by nothing
+    else, so forgetting the group frees it; ``shared`` is needed by others too.
+    """
 
     logical_bytes: int
     plain_bytes: int
@@ -153,7 +155,9 @@ class _Sums:
         result: npt.NDArray[np.int64],
         sets: list[int],
     ) -> None:
-        """For chunks mentioned by several sets of leaves, put the group of the union into ``result``; new ones join ``sets``."""
+        """For chunks mentioned by several sets of leaves, put the group of the union into ``result``; new ones join
+        ``sets``.
+        """
         known = {bits: number for number, bits in enumerate(sets)}
         ends = np.append(first[1:], len(groups))
         for row in np.flatnonzero(mixed).tolist():
@@ -165,9 +169,7 @@ class _Sums:
                 sets.append(bits)
             result[row] = known[bits]
 
-    def _add_references(
-        self, chunks: npt.NDArray[np.void], groups: npt.NDArray[np.int64], sets: Sequence[int]
-    ) -> None:
+    def _add_references(self, chunks: npt.NDArray[np.void], groups: npt.NDArray[np.int64], sets: Sequence[int]) -> None:
         totals = np.bincount(groups, chunks["plain"], minlength=len(sets)).tolist()
         self._result.referenced_bytes = sum(
             int(total) * bits.bit_count() for total, bits in zip(totals, sets, strict=True)

@@ -1,7 +1,8 @@
 """The snapshots of a repository: listing, finding, pinning and labelling, removing.
 
-Files are the truth; the ``snapshots`` database holds a copy of each manifest so that a listing opens no files, and so that a
-damaged manifest can be put back. Every listing compares names with the folder, so the copy is never believed beyond the files.
+Files are the truth; the ``snapshots`` database holds a copy of each manifest so that a listing opens no files, and
+so that a damaged manifest can be put back. Every listing compares names with the folder, so the copy is never
+believed beyond the files.
 """
 
 from __future__ import annotations
@@ -11,7 +12,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from casbackup.clock import format_time, parse_time
-from casbackup.errors import CasbackupError, InvalidName, InvalidSize, ManifestDamaged, SnapshotAmbiguous, SnapshotNotFound, SnapshotPinned
+from casbackup.errors import (
+    CasbackupError,
+    InvalidName,
+    InvalidSize,
+    ManifestDamaged,
+    SnapshotAmbiguous,
+    SnapshotNotFound,
+    SnapshotPinned,
+)
 from casbackup.fs import FileSystem, translated, write_durably
 from casbackup.ids import DEFAULT_NAMESPACE, Namespace, SnapshotId, VmName, parse_namespace, parse_vm
 from casbackup.repository.layout import Layout, SnapshotKey, snapshot_files, vm_snapshots
@@ -20,6 +29,7 @@ from casbackup.store.index import Index, Transaction
 
 _HEX = set("0123456789abcdef")
 _SHORTEST_ID = 4
+_UNCHANGED = Sidecar()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +38,7 @@ class Snapshot:
 
     id: SnapshotId
     manifest: Manifest
-    sidecar: Sidecar = Sidecar()
+    sidecar: Sidecar = _UNCHANGED
 
     @property
     def key(self) -> SnapshotKey:
@@ -114,11 +124,11 @@ class Catalog:
     def find(self, reference: str, namespace: Namespace = DEFAULT_NAMESPACE) -> Snapshot:
         """The snapshot that a user means.
 
-        ``vm/100`` or ``vm/100@latest`` (highest sequence), ``vm/100@TIME`` (a time or its beginning), ``vm/100@ID``, or an id's first
-        four or more digits alone; ``acme/prod:vm/100`` names another namespace.
+        ``vm/100`` or ``vm/100@latest`` (highest sequence), ``vm/100@TIME`` (a time or its beginning),
+        ``vm/100@ID``, or an id's first four or more digits alone; ``acme/prod:vm/100`` names another namespace.
 
-        :raise SnapshotNotFound: when none matches. :raise SnapshotAmbiguous: when several match.
-        :raise ManifestDamaged: when the latest is asked for and a manifest of the VM is damaged.
+        :raise SnapshotNotFound: when none matches. :raise SnapshotAmbiguous: when several match. :raise
+        ManifestDamaged: when the latest is asked for and a manifest of the VM is damaged.
         """
         prefix, colon, rest = reference.partition(":vm/")
         if colon:
@@ -189,8 +199,8 @@ class Catalog:
     def finish_removals(self) -> None:
         """Make removals durable that were cut short (or whose ``remove`` is still under way in another process).
 
-        gc must do this before it deletes what those snapshots needed: a manifest that comes back after a power failure would
-        miss it. Such removals are told by their copy in the index, which goes last.
+        gc must do this before it deletes what those snapshots needed: a manifest that comes back after a power
+        failure would miss it. Such removals are told by their copy in the index, which goes last.
         """
         with self._index.read() as txn, txn.cursor(db=self._index.snapshots) as cursor:
             copied = [_snapshot_key(bytes(name)) for name, _ in cursor]
@@ -255,7 +265,9 @@ class Catalog:
         return Snapshot(snapshot_id, manifest, self._read_sidecar(key) if has_sidecar else Sidecar())
 
     def _read_sidecar(self, key: SnapshotKey) -> Sidecar:
-        """The sidecar; none if there is none. A damaged one counts as a pin: what it said may have been one. A check reports it."""
+        """The sidecar; none if there is none. A damaged one counts as a pin: what it said may have been one. A check
+        reports it.
+        """
         try:
             return self._decoded_sidecar(key)
         except ManifestDamaged:

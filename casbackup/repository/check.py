@@ -1,8 +1,9 @@
 """Checking: is everything that snapshots need there, and, with ``read_data``, is every byte what it should be?
 
-The structural part reads all manifests and all tree nodes (verified against their ids) and compares the index with the packs.
-Reading data verifies each record's checksum and each blob against its id, and notes when: later checks can read just what was
-not read for long. What is found is marked in the index, so that the next backup heals it if it can.
+The structural part reads all manifests and all tree nodes (verified against their ids) and compares the index with
+the packs. Reading data verifies each record's checksum and each blob against its id, and notes when: later checks
+can read just what was not read for long. What is found is marked in the index, so that the next backup heals it if
+it can.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from casbackup.codec.records import decode_record, parse_record
 from casbackup.errors import BlobDamaged, DataDamage, PackDamaged
-from casbackup.ids import BlobId, PackId
+from casbackup.ids import BlobId
 from casbackup.progress import NoProgress, Progress
 from casbackup.repository.catalog import Snapshot
 from casbackup.repository.damage import AffectedDisk, DamageMap, note_damage
@@ -34,8 +35,9 @@ _NOTE_EVERY = 20_000
 
 @dataclass(frozen=True, slots=True)
 class CheckOptions:
-    """``read_data`` verifies stored bytes: all, or the ``subset_percent`` that was verified longest ago, or what was not verified
-    for ``older_than_s``; oldest first, until ``time_budget_s`` is used up."""
+    """``read_data`` verifies stored bytes: all, or the ``subset_percent`` that was verified longest ago, or what was
+    not verified for ``older_than_s``; oldest first, until ``time_budget_s`` is used up.
+    """
 
     read_data: bool = False
     subset_percent: float | None = None
@@ -78,10 +80,10 @@ class CheckReport:
         self.findings.append(Finding("note", thing, message))
 
 
-def check(
-    repository: Repository, options: CheckOptions | None = None, progress: Progress | None = None
-) -> CheckReport:
-    """Check the repository. Damage is a result, not an exception. On a read-only repository nothing is noted in the index."""
+def check(repository: Repository, options: CheckOptions | None = None, progress: Progress | None = None) -> CheckReport:
+    """Check the repository. Damage is a result, not an exception. On a read-only repository nothing is noted in the
+    index.
+    """
     options, progress = options or CheckOptions(), progress or NoProgress()
     report = CheckReport()
     snapshots = _check_manifests(repository, report)
@@ -139,7 +141,9 @@ def _check_index(
 
 
 def _full_ids(repository: Repository, snapshots: Sequence[Snapshot], prefixes: npt.NDArray[np.uint64]) -> set[BlobId]:
-    """The ids with these first 8 bytes among all that snapshots need: a second walk, only made when something is missing."""
+    """The ids with these first 8 bytes among all that snapshots need: a second walk, only made when something is
+    missing.
+    """
     wanted = {int(prefix).to_bytes(8, "little") for prefix in prefixes}
     finder = DamageMap(repository, ())
     return {blob for blob in finder.named(snapshots) if blob[:8] in wanted}
@@ -317,7 +321,7 @@ def _read_data(
 
 
 def _choose(table: IndexTable, options: CheckOptions, now_s: int) -> npt.NDArray[np.int64]:
-    """Rows to read: all in pack order, or the ones verified longest ago first (a time in the future counts as never)."""
+    """Rows to read: all in pack order, or the ones verified longest ago first (in the future counts as never)."""
     stored = table.values["pack"] > 0
     verified = np.where(table.values["verified"] > now_s, 0, table.values["verified"]).astype(np.int64)
     if options.older_than_s is not None:
@@ -346,5 +350,3 @@ def _conclude(
     report.affected = damage_map.affected(snapshots)
     if not repository.read_only:
         note_damage(repository, sorted(damaged), damage_map.suspects())
-
-

@@ -1,7 +1,8 @@
 """From damaged blobs to what they mean: which ranges of which disks of which snapshots; and noting them in the index.
 
-A damaged blob is marked, and so is every tree node above it (as suspect): ``missing`` names them all, so the next backup that
-still has the content sends the chunk again, and with it the way down to it. That heals the snapshots that share it.
+A damaged blob is marked, and so is every tree node above it (as suspect): ``missing`` names them all, so the next
+backup that still has the content sends the chunk again, and with it the way down to it. That heals the snapshots
+that share it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class AffectedDisk:
 
 
 class DamageMap:
-    """Finds what a set of damaged blobs affects. Each distinct tree node is read once, however many snapshots share it."""
+    """Finds what a set of damaged blobs affects. Each distinct tree node is read once, however many snapshots share
+    it.
+    """
 
     def __init__(self, repository: Repository, damaged: Iterable[BlobId]) -> None:
         self._repository = repository
@@ -100,7 +103,8 @@ class DamageMap:
                 del self._nodes[node]  # a sound leaf is not looked at again
             return bad
         self._prefetch(decoded.children)
-        return any([self._is_bad(child, level - 1) for child in decoded.children])
+        below = [self._is_bad(child, level - 1) for child in decoded.children]  # of all: each is to be known
+        return any(below)
 
     def _ranges(self, node: BlobId, level: int, offset: int, end: int) -> Iterator[Range]:
         if offset >= end or not self._is_bad(node, level):
@@ -135,7 +139,7 @@ class DamageMap:
 
 
 def note_damage(repository: Repository, damaged: Sequence[BlobId], suspects: Sequence[BlobId]) -> None:
-    """Mark blobs as damaged (with an entry even if they had none) and nodes above them as suspect. Durable on return."""
+    """Mark blobs as damaged (an entry is made if there is none) and nodes above them as suspect. Durable on return."""
     for state, ids in ((STATE_DAMAGED, damaged), (STATE_SUSPECT, suspects)):
         for start in range(0, len(ids), INDEX_BATCH_ENTRIES):
             batch = ids[start : start + INDEX_BATCH_ENTRIES]
@@ -162,5 +166,3 @@ def damaged_ids(repository: Repository) -> list[BlobId]:
             if value[STATE_OFFSET] & STATE_DAMAGED:
                 found.append(BlobId(bytes(key)))
     return found
-
-

@@ -4,10 +4,10 @@
     2. blobs that were marked as dying but are needed again are revived;
     3. unneeded blobs are marked as dying, with a new epoch: from now on ``missing`` names them;
     4. dying blobs that no active session can have been told about are removed from the index;
-    5. packs with nothing left are dropped; packs with much garbage, and crowds of small ones, are rewritten and dropped.
+    5. packs with nothing left are dropped; packs with much garbage, and crowds of small ones, are rewritten first.
 
-A crash between any two steps leaves a sound repository and work for the next gc. Why no session can lose a blob is shown in
-``docs/architecture.md``; ``tests/reliability/test_model.py`` tries to find a counterexample.
+A crash between any two steps leaves a sound repository and work for the next gc. Why no session can lose a blob is
+shown in ``docs/architecture.md``; ``tests/reliability/test_model.py`` tries to find a counterexample.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ _SMALL_PACK = 4
 
 @dataclass(frozen=True, slots=True)
 class GcPlan:
-    """What gc would do. ``freed_bytes`` and ``pending_bytes`` are what the execution would report if nothing changed meanwhile."""
+    """What gc would do. ``freed_bytes`` and ``pending_bytes`` are what the execution would report if nothing changed
+    meanwhile.
+    """
 
     attach_number: int
     expired: tuple[SessionRow, ...]
@@ -66,7 +68,9 @@ class GcPlan:
 
 @dataclass(slots=True)
 class GcReport:
-    """What gc did. Pending bytes are garbage that is still there: held by running backups, or spread thinly over packs."""
+    """What gc did. Pending bytes are garbage that is still there: held by running backups, or spread thinly over
+    packs.
+    """
 
     freed_bytes: int = 0
     pending_bytes: int = 0
@@ -141,8 +145,9 @@ def execute_gc(repository: Repository, plan: GcPlan, progress: Progress | None =
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """The repository as gc sees it. The order of reading matters: a session that begins later than the first line has a number
-    above ``last_session``, and what an ended one stored is in ``table``."""
+    """The repository as gc sees it. The order of reading matters: a session that begins later than the first line has
+    a number above ``last_session``, and what an ended one stored is in ``table``.
+    """
 
     attach_number: int
     last_session: int
@@ -182,11 +187,14 @@ def _marked(repository: Repository, table: IndexTable, kept: Sequence[SessionRow
 
 
 def _require_complete(table: IndexTable, marks: Marks) -> None:
-    """Whatever is needed must be in the index, if only as known to be damaged: else the index, or half of the packs, is not the right one."""
+    """Whatever is needed must be in the index, if only as known to be damaged: else the index, or half of the packs,
+    is not the right one.
+    """
     damaged = set(table.ids_where((table.values["state"] & STATE_DAMAGED) > 0))
     unknown = [node for node in marks.unreadable if node not in damaged]
     if unknown:
-        raise IndexIncomplete(f"gc stops: {len(unknown)} tree nodes cannot be read, the first is {unknown[0].hex()[:16]}")
+        first = unknown[0].hex()[:16]
+        raise IndexIncomplete(f"gc stops: {len(unknown)} tree nodes cannot be read, the first is {first}")
     nonzero = marks.prefixes[marks.prefixes != 0]
     absent = int((~contains(np.unique(table.prefixes), nonzero)).sum())
     if absent:
@@ -204,7 +212,9 @@ class _PackPlan:
 def _plan_packs(
     repository: Repository, view: _View, needed: Bools, gone: Bools, kept_sessions: set[int], repack_garbage: float
 ) -> _PackPlan:
-    """What to do with each pack once the blobs ``gone`` are out of the index. Packs of unfinished sessions are left alone."""
+    """What to do with each pack once the blobs ``gone`` are out of the index. Packs of unfinished sessions are left
+    alone.
+    """
     plan = _PackPlan()
     kept, useful = _bytes_by_pack(view.table, ~gone), _bytes_by_pack(view.table, needed)
     small: list[tuple[int, int]] = []
@@ -243,8 +253,8 @@ def _bytes_by_pack(table: IndexTable, rows: Bools) -> npt.NDArray[Any]:
 def _orphans(repository: Repository, expired: set[SessionId]) -> list[PackId]:
     """Packs that the index does not know and whose writer is gone.
 
-    First the packs are listed, then sessions, then the packs of the index: a writer that is not in the second list has ended,
-    and has what it finished in the third.
+    First the packs are listed, then sessions, then the packs of the index: a writer that is not in the second list
+    has ended, and has what it finished in the third.
     """
     listed = [info.pack for info in repository.store.storage.list()]
     with repository.index.read() as txn:
@@ -303,7 +313,9 @@ def _set_epoch(repository: Repository, txn: Transaction, ids: Sequence[BlobId], 
 
 
 def _quiet(repository: Repository, plan: GcPlan) -> bool:
-    """Has no backup been opened or resumed since before marking? Asked when all is marked as dying: later ones are not told of it."""
+    """Has no backup been opened or resumed since before marking? Asked when all is marked as dying: later ones are
+    not told of it.
+    """
     with repository.index.read() as txn:
         return repository.index.number(txn, "attach") == plan.attach_number
 

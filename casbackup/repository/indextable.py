@@ -1,4 +1,6 @@
-"""The whole blob index as numpy arrays: 64 bytes a blob, so a repository of a million chunks is looked at in a second or two."""
+"""The whole blob index as numpy arrays: 64 bytes a blob, so a repository of a million chunks is looked at in a second
+or two.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
 """Where things are in a repository's folder.
 
-    REPO/  config.json            what the repository is
-           config.json.backup     the same again
-           packs/xx/<id>.pack     the data
-           snapshots/<namespace>/vm/<name>/<time>.snap   one manifest a snapshot, and <time>.meta beside it
-           index/                 LMDB; can be rebuilt
-           locks/                 empty files that are locked
-           quarantine/            damaged packs put aside by a repair
+REPO/  config.json            what the repository is
+       config.json.backup     the same again
+       migration.json         there only while a migration is not finished
+       packs/xx/<id>.pack     the data
+       snapshots/<namespace>/vm/<name>/<time>.snap   one manifest a snapshot, and <time>.meta beside it
+       index/                 LMDB; can be rebuilt
+       locks/                 empty files that are locked
+       quarantine/            damaged packs put aside by a repair
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Layout:
         self.root = os.path.abspath(root)
         self.config = os.path.join(self.root, "config.json")
         self.config_backup = self.config + ".backup"
+        self.migration = os.path.join(self.root, "migration.json")
         self.packs = os.path.join(self.root, "packs")
         self.snapshots = os.path.join(self.root, "snapshots")
         self.index = os.path.join(self.root, "index")

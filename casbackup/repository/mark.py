@@ -22,7 +22,9 @@ _COMPACT_AT = 4_000_000
 
 @dataclass(slots=True)
 class Marks:
-    """``prefixes``: sorted first 8 bytes of the ids of all marked blobs. ``unreadable``: nodes that could not be visited."""
+    """``prefixes``: sorted first 8 bytes of the ids of all marked blobs. ``unreadable``: nodes that could not be
+    visited.
+    """
 
     prefixes: Prefixes
     nodes: int = 0

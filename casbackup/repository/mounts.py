@@ -5,8 +5,31 @@ from __future__ import annotations
 import os
 
 _NETWORK = frozenset(
-    "9p afs beegfs ceph cifs coda davfs fuse.cephfs fuse.glusterfs fuse.rclone fuse.s3fs fuse.sshfs glusterfs gpfs lustre "
-    "ncpfs nfs nfs4 ocfs2 pvfs2 smb2 smb3 smbfs".split()
+    {
+        "9p",
+        "afs",
+        "beegfs",
+        "ceph",
+        "cifs",
+        "coda",
+        "davfs",
+        "fuse.cephfs",
+        "fuse.glusterfs",
+        "fuse.rclone",
+        "fuse.s3fs",
+        "fuse.sshfs",
+        "glusterfs",
+        "gpfs",
+        "lustre",
+        "ncpfs",
+        "nfs",
+        "nfs4",
+        "ocfs2",
+        "pvfs2",
+        "smb2",
+        "smb3",
+        "smbfs",
+    }
 )
 _MOUNTS = "/proc/self/mountinfo"
 

@@ -1,9 +1,11 @@
 """Making the index anew from packs and manifests, with nothing but the folder.
 
-    1. nobody else may use the repository; 2. a new index is filled in ``index.rebuild``, a pack a transaction; 3. the old index is
-    renamed away, the new one into place, the old one deleted. A crash before 3 leaves the old index, one within it none: run it again.
+    1. nobody else may use the repository;
+    2. a new index is filled in ``index.rebuild``, a pack a transaction;
+    3. the old index is renamed away, the new one into place, the old one deleted.
 
-What cannot be rebuilt is lost: parked sessions (the next backup finds their chunks all the same), and when blobs were verified.
+A crash before 3 leaves the old index, one within it none: run it again. What cannot be rebuilt is lost: parked
+sessions (the next backup finds their chunks all the same), and when blobs were verified.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from casbackup.errors import ConfigDamaged, PackDamaged
 from casbackup.fs import FileSystem, RealFileSystem, translated, write_durably
 from casbackup.progress import NoProgress, Progress
 from casbackup.repository.layout import Layout
-from casbackup.repository.repository import lock_repository, read_config
+from casbackup.repository.repository import lock_repository, read_config, read_config_bytes
 from casbackup.spec.config import RepositoryConfig, decode_config
 from casbackup.spec.indexdb import BlobEntry, PackRow, pack_key
 from casbackup.spec.record import RecordHeader
@@ -40,9 +42,10 @@ def rebuild_index(path: str, progress: Progress | None = None, *, fs: FileSystem
     """
     fs, layout, progress = fs or RealFileSystem(), Layout(path), progress or NoProgress()
     report = RebuildReport()
-    config = _config(fs, layout, report)
+    read_config_bytes(fs, layout)  # is there a repository at all?
     lock = lock_repository(fs, layout, shared=False)
     try:
+        config = _config(fs, layout, report)
         with translated(f"cannot rebuild the index of {layout.root}"):
             _fill(fs, layout, config, report, progress)
             _swap(layout)
@@ -64,9 +67,7 @@ def _config(fs: FileSystem, layout: Layout, report: RebuildReport) -> Repository
         return config
 
 
-def _fill(
-    fs: FileSystem, layout: Layout, config: RepositoryConfig, report: RebuildReport, progress: Progress
-) -> None:
+def _fill(fs: FileSystem, layout: Layout, config: RepositoryConfig, report: RebuildReport, progress: Progress) -> None:
     folder = layout.index + ".rebuild"
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder, 0o750)
@@ -105,9 +106,7 @@ def _add_pack(index: Index, storage: FolderPackStorage, info: PackInfo, report: 
 
 def _add_blob(index: Index, txn: Transaction, number: int, offset: int, header: RecordHeader) -> bool:
     """The first pack that has a blob keeps it; a copy elsewhere is garbage."""
-    entry = BlobEntry(
-        number, offset, header.stored_length, header.plain_length, 0, 0, 0, header.kind, header.flags, 0
-    )
+    entry = BlobEntry(number, offset, header.stored_length, header.plain_length, 0, 0, 0, header.kind, header.flags, 0)
     return txn.put(header.id, entry.encode(), db=index.blobs, overwrite=False)
 
 

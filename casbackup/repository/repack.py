@@ -1,7 +1,10 @@
 """Moving live blobs out of packs, as they are stored, so that the packs can go.
 
-    1. records read, verified, appended to new packs, synced;  2. one index transaction a pack moves the entries.
-    The caller drops the emptied packs afterwards. Until 2 the old place counts, after it the new one; both hold the same bytes.
+    1. records are read, verified, appended to new packs, synced;
+    2. one index transaction a pack moves the entries.
+
+The caller drops the emptied packs afterwards. Until 2 the old place counts, after it the new one; both hold the same
+bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ _MAINTENANCE = VmName("vm/maintenance")
 
 @dataclass(slots=True)
 class RepackOutcome:
-    """``emptied``: numbers of packs without any live blob now. ``damaged``: blobs that could not be moved and stay where they are."""
+    """``emptied``: numbers of packs without any live blob now. ``damaged``: blobs that could not be moved and stay
+    where they are.
+    """
 
     emptied: list[int] = field(default_factory=list)
     damaged: list[BlobId] = field(default_factory=list)
@@ -59,7 +64,9 @@ class _Mover(StoreWriter):
 def repack(
     repository: Repository, table: IndexTable, packs: Mapping[int, PackRow], progress: Progress
 ) -> RepackOutcome:
-    """Move all blobs of these packs into new ones, in order of id's place in the old packs (which keeps disks together)."""
+    """Move all blobs of these packs into new ones, in order of id's place in the old packs (which keeps disks
+    together).
+    """
     outcome = RepackOutcome()
     old: dict[BlobId, BlobEntry] = {}
     session = repository.sessions.open(DEFAULT_NAMESPACE, _MAINTENANCE, kind=SessionKind.MAINTENANCE)
@@ -104,5 +111,6 @@ def _verified(repository: Repository, blob_id: BlobId, entry: BlobEntry, row: Pa
     except (PackDamaged, BlobDamaged, OSError, KeyError) as error:
         return error
     if record.id != blob_id:
-        return BlobDamaged(f"blob {blob_id.hex()[:16]} is not where the index says (pack {row.pack}, byte {entry.offset})")
+        where = f"pack {row.pack}, byte {entry.offset}"
+        return BlobDamaged(f"blob {blob_id.hex()[:16]} is not where the index says ({where})")
     return record

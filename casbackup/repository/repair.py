@@ -1,10 +1,13 @@
 """Repair: put back what there is another copy of, move the sound rest out of damaged packs, put those aside.
 
-    1. damaged manifests are rewritten from the index's copies; 2. damaged blobs are looked for in other packs; 3. sound blobs of packs
-    with damage are moved to new packs; 4. what is left damaged loses its place in the index but stays known as lost; 5. the packs
-    go to ``quarantine/``. Nothing is deleted. Each step leaves a sound repository.
+    1. damaged manifests are rewritten from the index's copies;
+    2. damaged blobs are looked for in other packs;
+    3. sound blobs of packs with damage are moved to new packs;
+    4. what is left damaged loses its place in the index but stays known as lost;
+    5. the packs go to ``quarantine/``.
 
-What is lost heals when a later backup stores a blob with the same id.
+Nothing is deleted, and each step leaves a sound repository. What is lost heals when a later backup stores a blob
+with the same id.
 """
 
 from __future__ import annotations
@@ -69,7 +72,8 @@ def _use_other_copies(repository: Repository, damaged: Sequence[BlobId]) -> int:
     healed = 0
     for number, row in repository.store.pack_rows().items():
         try:
-            found = [(offset, header) for offset, header in headers(repository.store.storage, row.pack) if header.id in wanted]
+            listed = headers(repository.store.storage, row.pack)
+            found = [(offset, header) for offset, header in listed if header.id in wanted]
         except (KeyError, PackDamaged, OSError):
             continue
         for offset, header in found:

@@ -1,7 +1,8 @@
 """Opening and creating a repository; its parts as attributes.
 
-Locks (``docs/architecture.md`` has the table): every user holds ``locks/repository`` shared; a migration and a rebuild of the
-index hold it exclusively. ``locks/maintenance`` admits one gc, check or repair at a time; backups do not take it.
+Locks (``docs/architecture.md`` has the table): every user holds ``locks/repository`` shared; a migration and a
+rebuild of the index hold it exclusively. ``locks/maintenance`` admits one gc, check or repair at a time; backups
+do not take it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from types import TracebackType
 from casbackup.clock import Clock, SystemClock, format_time
 from casbackup.errors import (
     CasbackupError,
+    MigrationNeeded,
     NetworkFileSystem,
     NotARepository,
     RepositoryBusy,
@@ -112,11 +114,12 @@ class Repository:
         :raise IndexMissing, IndexDamaged: when only ``repair --rebuild-index`` helps.
         """
         fs, clock, layout = fs or RealFileSystem(), clock or SystemClock(), Layout(path)
-        config = read_config(fs, layout)
+        read_config(fs, layout)
         if read_only is None:
             read_only = fs.is_read_only(layout.root) or fs.is_read_only(layout.index)
         lock = lock_repository(fs, layout, shared=True, read_only=read_only)
         try:
+            config = read_config(fs, layout)  # again: a migration may have ended while there was no lock
             if not read_only:
                 _refuse_network(layout)
             index = Index.open(layout.index, config.repository_id, read_only=read_only)
@@ -165,8 +168,14 @@ class Repository:
 
 
 def read_config(fs: FileSystem, layout: Layout) -> RepositoryConfig:
-    """The repository's configuration, checked."""
-    return decode_config(read_config_bytes(fs, layout), layout.config)
+    """The repository's configuration, checked.
+
+    :raise MigrationNeeded: when a migration was begun and not finished, or is needed.
+    """
+    config = decode_config(read_config_bytes(fs, layout), layout.config)
+    if fs.exists(layout.migration):
+        raise MigrationNeeded(f"a migration of {layout.root} was interrupted")
+    return config
 
 
 def read_config_bytes(fs: FileSystem, layout: Layout) -> bytes:
@@ -182,7 +191,8 @@ def read_config_bytes(fs: FileSystem, layout: Layout) -> bytes:
 
 
 def lock_repository(fs: FileSystem, layout: Layout, *, shared: bool, read_only: bool = False) -> FileLock | None:
-    """Take ``locks/repository``; None when a read-only folder has no such file, where nobody could change anything anyway.
+    """Take ``locks/repository``; None when a read-only folder has no such file, where nobody could change anything
+    anyway.
 
     :raise RepositoryBusy: when somebody holds it against us.
     """

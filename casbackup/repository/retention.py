@@ -107,9 +107,7 @@ def _age(snapshot: Snapshot) -> _Age:
     return snapshot.manifest.time_ms, snapshot.manifest.sequence
 
 
-def _kept(
-    snapshots: Sequence[Snapshot], policy: KeepPolicy, tz: tzinfo, now_ms: int | None
-) -> dict[_Age, str]:
+def _kept(snapshots: Sequence[Snapshot], policy: KeepPolicy, tz: tzinfo, now_ms: int | None) -> dict[_Age, str]:
     """Those snapshots of one VM that are kept, with the reason."""
     exempt = {_age(s): PINNED for s in snapshots if s.pinned}
     if now_ms is not None:

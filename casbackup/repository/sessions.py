@@ -1,15 +1,18 @@
-"""Backup sessions: what a writer was told exists stays until the session ends, without clocks and without stopping gc.
+"""Backup sessions: what a writer was told exists stays until the session ends, without clocks and without stopping
+gc.
 
-A session has a row in the index and, while somebody works on it, a file lock that ends with the process. It is *active* while
-the lock is held; otherwise it is *parked* and can be resumed by its id until gc gives it up (``LEASE_S`` after its last sign of life;
-a jump of the clock can only cost the resuming, never data, because an active session is told by its lock).
+A session has a row in the index and, while somebody works on it, a file lock that ends with the process. It is
+*active* while the lock is held; otherwise it is *parked* and can be resumed by its id until gc gives it up
+(``LEASE_S`` after its last sign of life; a jump of the clock can only cost the resuming, never data, because an
+active session is told by its lock).
 
 The rules that keep gc and sessions apart (``docs/architecture.md`` proves them):
 
-* One counter, the epoch, goes up with every opening or resuming of a session and with every transaction in which gc marks
-  garbage as dying; each keeps its number. So a session was opened before a blob was marked if and only if its epoch is smaller.
-* A blob that is marked as dying is ``missing`` to every question. gc removes it only when no active session is older than the mark:
-  none can have been told of it. A resumed session gets a new epoch, and asks anew.
+* One counter, the epoch, goes up with every opening or resuming of a session and with every transaction in which gc
+  marks garbage as dying; each keeps its number. So a session was opened before a blob was marked if and only if its
+  epoch is smaller.
+* A blob that is marked as dying is ``missing`` to every question. gc removes it only when no active session is older
+  than the mark: none can have been told of it. A resumed session gets a new epoch, and asks anew.
 * Blobs that a session has stored itself, and all that tree nodes among them name, are kept while its row exists.
 """
 
@@ -38,7 +41,7 @@ from casbackup.spec.pack import PackEntry
 from casbackup.spec.record import HEADER_BYTES, BlobKind, Record
 from casbackup.store.blobstore import entries_in
 from casbackup.store.index import Transaction
-from casbackup.store.writer import StoredBytes, StoreWriter
+from casbackup.store.writer import NOTHING_STORED, StoredBytes, StoreWriter
 
 if TYPE_CHECKING:
     from casbackup.repository.repository import Repository
@@ -56,7 +59,9 @@ class SessionKind(IntEnum):
 
 
 class SessionRow(NamedTuple):
-    """What the index keeps of a session. ``pins`` are blobs that gc must keep with all below (of snapshots being read)."""
+    """What the index keeps of a session. ``pins`` are blobs that gc must keep with all below (of snapshots being
+    read).
+    """
 
     id: SessionId
     number: int
@@ -146,7 +151,7 @@ class Sessions:
         txn.delete(session_id.encode(), db=self._repository.index.sessions)
 
     def is_active(self, row: SessionRow) -> bool:
-        """Does somebody hold its lock? Asked within a write transaction, a no stays true until that transaction ends."""
+        """Does somebody hold its lock? Asked within a write transaction, a no stays true until it ends."""
         lock = self._repository.fs.lock(self._repository.layout.session_lock(row.id), shared=False)
         if lock is None:
             return True
@@ -154,8 +159,11 @@ class Sessions:
         return False
 
     def expired(self, row: SessionRow, now_ms: int) -> bool:
-        """Of no more use to anybody: parked for longer than its lease (a clock set back does not make it so), or not resumable."""
-        of_no_use = row.kind != SessionKind.BACKUP or now_ms - row.seen_ms > LEASE_S * 1000
+        """Of no more use to anybody: parked for longer than its lease, or not resumable.
+
+        One seen last in the future counts as well: while a clock was wrong nothing may be pinned for years.
+        """
+        of_no_use = row.kind != SessionKind.BACKUP or abs(now_ms - row.seen_ms) > LEASE_S * 1000
         return of_no_use and not self.is_active(row)
 
     def _lock(self, session_id: SessionId) -> FileLock:
@@ -211,12 +219,21 @@ class Session:
     def send(self, records: Sequence[Record]) -> StoredBytes:
         """Store blobs; durable with the next ``flush`` or ``commit``. Duplicates are not an error.
 
-        Whoever computed the ids is trusted with them for chunks and configs of a local job; tree nodes are decoded and checked.
+        Whoever computed the ids is trusted with them for chunks and configs of a local job; tree nodes are decoded
+        and checked.
 
-        :raise ClosureViolation: when a node names something that is neither stored nor was sent by an earlier call.
+        :raise ClosureViolation: when a node names something that is neither stored nor sent before it.
         """
-        outlines = {record.id: self._checked_outline(record) for record in records if record.kind == BlobKind.NODE}
-        return self._writer.put(records, outlines)
+        stored = NOTHING_STORED
+        waiting: list[Record] = []
+        for record in records:
+            if record.kind != BlobKind.NODE:
+                waiting.append(record)
+                continue
+            stored = stored.plus(self._writer.put(waiting))
+            waiting = []
+            stored = stored.plus(self._writer.put([record], {record.id: self._checked_outline(record)}))
+        return stored.plus(self._writer.put(waiting))
 
     def flush(self) -> None:
         """What was sent survives any crash from now on."""
@@ -227,7 +244,8 @@ class Session:
 
         The time is moved on by milliseconds while it is taken; sequence and parent are filled in here.
 
-        1. blobs durable and indexed; 2. manifest written, synced, renamed into place; 3. index's copy put, session's row dropped.
+        1. blobs durable and indexed; 2. manifest written, synced, renamed into place; 3. index's copy put,
+        session's row dropped.
 
         :raise ClosureViolation: when a disk's root or a config is not stored.
         """
@@ -308,7 +326,9 @@ class Session:
                 raise ClosureViolation(f"{what} of {draft.vm} is not stored completely")
 
     def _checked_outline(self, record: Record) -> bytes:
-        """Check that a node names only blobs that are stored or pending, and slices within them; its outline for accounting."""
+        """Check that a node names only blobs that are stored or pending, and slices within them; its outline for
+        accounting.
+        """
         node = decode_node(decode_record(record))
         if isinstance(node, Inner):
             children = distinct_children(node)
@@ -321,7 +341,9 @@ class Session:
         return encode_leaf_outline(record.total_bytes, self._require(ends, BlobKind.CHUNK))
 
     def _require(self, ends: dict[BlobId, int], kind: BlobKind) -> list[tuple[BlobId, int, int]]:
-        """Every blob is there, of this kind, and reaches to the named end; gives (id, stored bytes, plain bytes) of each."""
+        """Every blob is there, of this kind, and reaches to the named end; gives (id, stored bytes, plain bytes) of
+        each.
+        """
         found: list[tuple[BlobId, int, int]] = []
         stored: list[BlobId] = []
         for blob_id in ends:
@@ -342,11 +364,13 @@ class Session:
 
     def _require_fit(self, blob_id: BlobId, blob: BlobEntry | PackEntry, kind: BlobKind, end: int) -> None:
         if blob.kind != kind or blob.plain_length < end:
-            raise ClosureViolation(f"a tree node names byte {end} of blob {blob_id.hex()[:16]}, which does not reach there")
+            raise ClosureViolation(f"a tree node names byte {end} of blob {blob_id.hex()[:16]}, which has fewer")
 
     def _vouched(self, entry: BlobEntry | None) -> bool:
         """Stored soundly, and not marked as garbage before this session could be told about it."""
-        return entry is not None and entry.state == 0 and (entry.dying_epoch == 0 or entry.dying_epoch > self._row.epoch)
+        if entry is None or entry.state != 0:
+            return False
+        return entry.dying_epoch == 0 or entry.dying_epoch > self._row.epoch
 
     def _require_attached(self) -> None:
         if self._lock is None:
@@ -360,7 +384,9 @@ class Session:
 
 @contextlib.contextmanager
 def reading(repository: Repository, snapshot: Snapshot) -> Iterator[None]:
-    """Keep a snapshot's data while it is read, even if it is forgotten meanwhile. Without effect on a read-only repository."""
+    """Keep a snapshot's data while it is read, even if it is forgotten meanwhile. Without effect on a read-only
+    repository.
+    """
     if repository.read_only:
         yield
         return
@@ -373,4 +399,3 @@ def reading(repository: Repository, snapshot: Snapshot) -> Iterator[None]:
         yield
     finally:
         session.abort()
-

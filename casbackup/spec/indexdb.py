@@ -1,4 +1,5 @@
-"""Values of the LMDB index (``docs/spec/index.md``). Everything here but sessions can be rebuilt from packs and manifests.
+"""Values of the LMDB index (``docs/spec/index.md``). Everything here but sessions can be rebuilt from packs and
+manifests.
 
 Database ``blobs``: key = 32-byte blob id, value = 32 bytes, little-endian:
 

@@ -8,8 +8,8 @@
      16   n body                 a msgpack map, see ``Manifest``
   16+n   32 checksum             BLAKE3 of everything before
 
-The snapshot's id is the BLAKE3 of the whole file. A manifest never changes; pins, and labels and notes changed later, live in
-the sidecar ``<time>.meta`` beside it (JSON, replaced atomically).
+The snapshot's id is the BLAKE3 of the whole file. A manifest never changes; pins, and labels and notes changed
+later, live in the sidecar ``<time>.meta`` beside it (JSON, replaced atomically).
 """
 
 from __future__ import annotations
@@ -24,7 +24,17 @@ import msgpack
 from blake3 import blake3
 
 from casbackup.errors import ManifestDamaged
-from casbackup.ids import ID_BYTES, BlobId, DiskName, Namespace, SnapshotId, VmName, parse_disk, parse_namespace, parse_vm
+from casbackup.ids import (
+    ID_BYTES,
+    BlobId,
+    DiskName,
+    Namespace,
+    SnapshotId,
+    VmName,
+    parse_disk,
+    parse_namespace,
+    parse_vm,
+)
 from casbackup.limits import MAX_DISK_BYTES, MAX_MANIFEST_BYTES
 from casbackup.spec.magic import MANIFEST
 

@@ -5,8 +5,9 @@
     inner: 0 1 type = 2 | 1 1 version = 1 | 2 2 count | 4 4 level, 1 for the parents of leaves
            then ``count`` child ids of 32 bytes (zeros: everything below is zero); trailing zero children are left out
 
-A node has one form only: zero extents are merged and have skip 0, neighbouring slices that continue each other are merged,
-an all-zero node is not stored at all but named by the zero id. Equal content cut the same way gives the same id.
+A node has one form only: zero extents are merged and have skip 0, neighbouring slices that continue each other are
+merged, an all-zero node is not stored at all but named by the zero id. Equal content cut the same way gives the
+same id.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def _decode_leaf(body: memoryview, count: int, span: int) -> Leaf:
     previous_zero = False
     for extent in extents:
         zero = extent.id == _ZERO
-        if extent.length == 0 or extent.skip + extent.length > MAX_BLOB_BYTES or (zero and (previous_zero or extent.skip)):
+        too_long = extent.skip + extent.length > MAX_BLOB_BYTES
+        if extent.length == 0 or too_long or (zero and (previous_zero or extent.skip)):
             raise NodeInvalid("a leaf holds an impossible extent")
         previous_zero = zero
     if previous_zero and count == 1:

@@ -2,7 +2,8 @@
 
 Database ``outlines``: key = node id, value, little-endian:
 
-    leaf:  0 1 type = 1 | 1 4 bytes of the node's record | then per distinct chunk: 0 8 first bytes of its id | 8 4 bytes of its record | 12 4 plain bytes
+    leaf:  0 1 type = 1 | 1 4 bytes of the node's record | then 16 bytes for each distinct chunk:
+           0 8 first bytes of its id | 8 4 bytes of its record | 12 4 plain bytes
     inner: 0 1 type = 2 | 1 4 bytes of the node's record | then the distinct non-zero child ids, 32 bytes each
 """
 

@@ -76,9 +76,7 @@ def parse_header(data: Buffer) -> PackHeader | None:
 
 
 def pack_entries(entries: Iterable[PackEntry]) -> bytes:
-    return b"".join(
-        _ENTRY.pack(e.offset, e.stored_length, e.plain_length, e.kind, e.flags, 0, e.id) for e in entries
-    )
+    return b"".join(_ENTRY.pack(e.offset, e.stored_length, e.plain_length, e.kind, e.flags, 0, e.id) for e in entries)
 
 
 def parse_entries(data: Buffer) -> Iterator[PackEntry]:

@@ -2,7 +2,8 @@
 
 LMDB gives one writer at a time across processes, readers that never wait, and a commit that is atomic and durable
 (``sync`` is on, ``writemap`` off). The map grows on demand: a transaction that meets a full map is rolled back,
-the map doubled, and the transaction's function called again - so that function must have no effect but on the transaction.
+the map doubled, and the transaction's function called again - so that function must have no effect but on the
+transaction.
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ class Index:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Transaction]:
-        """A read transaction: one consistent view. Keep it short; never nest a transaction in another of the same thread."""
+        """A read transaction: one consistent view. Keep it short; never nest a transaction in another of the same
+        thread.
+        """
         try:
             txn = self._begin(write=False)
             try:

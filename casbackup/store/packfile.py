@@ -116,9 +116,7 @@ def _record_at(storage: PackStorage, pack: PackId, offset: int, end: int) -> Rec
     if offset + HEADER_BYTES + header.stored_length > end:
         return "a record is cut off, or its length is damaged"
     try:
-        return parse_record(
-            storage.read(pack, offset, HEADER_BYTES + header.stored_length), at=f"{pack}:{offset}"
-        )
+        return parse_record(storage.read(pack, offset, HEADER_BYTES + header.stored_length), at=f"{pack}:{offset}")
     except BlobDamaged:
         return f"blob {header.id.hex()[:16]} fails its checksum"
 
@@ -143,13 +141,17 @@ def headers(storage: PackStorage, pack: PackId) -> Iterator[tuple[int, RecordHea
     listing = read_footer(storage, pack)
     if listing is not None:
         for entry in listing:
-            yield entry.offset, RecordHeader(
-                entry.kind, entry.flags, entry.stored_length, entry.plain_length, entry.id, b""
+            yield (
+                entry.offset,
+                RecordHeader(entry.kind, entry.flags, entry.stored_length, entry.plain_length, entry.id, b""),
             )
         return
     for item in scan(storage, pack):
         if isinstance(item, Found):
             record = item.record
-            yield item.offset, RecordHeader(
-                record.kind, record.flags, len(record.payload), record.plain_length, record.id, record.header[48:]
+            yield (
+                item.offset,
+                RecordHeader(
+                    record.kind, record.flags, len(record.payload), record.plain_length, record.id, record.header[48:]
+                ),
             )

@@ -24,8 +24,9 @@ class PackInfo(NamedTuple):
 class PackAppender(Protocol):
     """A pack being written, by one thread at a time.
 
-    What was appended can be read once ``sync`` returned, and survives a crash from then on. An implementation that cannot
-    append (an object store) may end the object at ``sync``: ``accepts_more`` tells; the caller then starts another pack.
+    What was appended can be read once ``sync`` returned, and survives a crash from then on. An implementation that
+    cannot append (an object store) may end the object at ``sync``: ``accepts_more`` tells; the caller then starts
+    another pack.
     """
 
     pack: PackId

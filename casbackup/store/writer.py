@@ -5,12 +5,14 @@ Write order of a group (``docs/architecture.md`` has the crash table):
     1. records appended to the session's pack, the pack synced;
     2. one index transaction: the pack's row and the entries of all its new records.
 
-Before step 2 nobody else knows of the blobs, and a crash leaves bytes that gc removes. After step 2 they are stored for good.
-A full pack gets its footer and is handed to a background thread for both steps, so that the next one fills meanwhile.
+Before step 2 nobody else knows of the blobs, and a crash leaves bytes that gc removes. After step 2 they are
+stored for good. A full pack gets its footer and is handed to a background thread for both steps, so that the next
+one fills meanwhile.
 """
 
 from __future__ import annotations
 
+import operator
 import queue
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,6 +40,12 @@ class StoredBytes(NamedTuple):
     blobs: int
     plain_bytes: int
     stored_bytes: int
+
+    def plus(self, other: StoredBytes) -> StoredBytes:
+        return StoredBytes(*map(operator.add, self, other))
+
+
+NOTHING_STORED = StoredBytes(0, 0, 0)
 
 
 class _OpenPack:
@@ -76,7 +84,7 @@ class _OpenPack:
 
 
 class StoreWriter:
-    """The one writer of a session. ``put`` is safe from several threads; after an error the writer is of no more use."""
+    """The one writer of a session. ``put`` is safe from several threads; after an error the writer is of no use."""
 
     def __init__(self, store: BlobStore, session: SessionId, session_number: int, pack_bytes: int) -> None:
         self._store = store
@@ -96,7 +104,8 @@ class StoreWriter:
         return self._pending.get(blob_id)
 
     def put(self, records: Iterable[Record], outlines: Mapping[BlobId, bytes] = _NO_OUTLINES) -> StoredBytes:
-        """Append records; ``outlines`` are what accounting keeps of tree nodes. Nothing is promised until ``flush`` returns.
+        """Append records; ``outlines`` are what accounting keeps of tree nodes. Nothing is promised until ``flush``
+        returns.
 
         :raise RepositoryFull: when the disk is full.
         """
@@ -152,7 +161,9 @@ class StoreWriter:
                 self._hand_over(pack, sealed=False)
 
     def _hand_over(self, pack: _OpenPack, *, sealed: bool) -> None:
-        """To the background: sealed packs to be made durable; others only to be synced early, which evens out the disk's load."""
+        """To the background: sealed packs to be made durable; others only to be synced early, which evens out the
+        disk's load.
+        """
         if self._thread is None:
             self._thread = threading.Thread(target=self._seal_packs, name="pack-writer", daemon=True)
             self._thread.start()
@@ -167,7 +178,7 @@ class StoreWriter:
                         self._make_durable(pack, sealed=True)
                     else:
                         pack.appender.sync()
-            except BaseException as error:  # handed to the thread that calls put or flush next
+            except BaseException as error:  # noqa: BLE001  handed to the thread that calls put or flush next
                 self._failure = error
             finally:
                 self._sealing.task_done()

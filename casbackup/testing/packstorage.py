@@ -138,9 +138,7 @@ class PackStorageConformance:
             for appender in reversed(appenders):
                 appender.sync()
                 appender.close()
-            assert {i.pack: i.size_bytes for i in storage.list()} == {
-                a.pack: n + 1 for n, a in enumerate(appenders)
-            }
+            assert {i.pack: i.size_bytes for i in storage.list()} == {a.pack: n + 1 for n, a in enumerate(appenders)}
 
     def check_reading_while_another_pack_is_written(self) -> None:
         with self._opened() as storage:

@@ -332,9 +332,7 @@ class PeerConformance:
     def check_fetching(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            plain = {
-                chunk(p).id: p for p in (random.Random(n).randbytes(1 + n * 37 % 9000) for n in range(1500))
-            }
+            plain = {chunk(p).id: p for p in (random.Random(n).randbytes(1 + n * 37 % 9000) for n in range(1500))}
             session.send([chunk(p) for p in plain.values()])
             session.flush()
             unknown = chunk(b"unknown").id

@@ -217,7 +217,7 @@ def temporary_world() -> Iterator[World]:
 
 @contextmanager
 def inline() -> Iterator[None]:
-    """Let work that is spread over threads run in the caller's."""
+    """Let work that is spread over threads run in the caller's, and ids be the same in each run."""
 
     def run_workers(work: Callable[[threading.Event], None], count: int) -> None:
         work(threading.Event())
@@ -232,6 +232,8 @@ def inline() -> Iterator[None]:
         for module in ("jobs.backup", "jobs.restore", "repository.check"):
             stack.enter_context(mock.patch(f"casbackup.{module}.run_workers", run_workers))
         stack.enter_context(mock.patch.object(StoreWriter, "_hand_over", hand_over))
+        source = random.Random(0)
+        stack.enter_context(mock.patch("casbackup.ids._random_id", lambda: source.randbytes(16).hex()))
         yield
 
 

@@ -1,1 +1,3 @@
-"""Disk trees: building them, reading any byte range through them, telling two apart. Needs no store: nodes come in as bytes."""
+"""Disk trees: building them, reading any byte range through them, telling two apart. Needs no store: nodes come in as
+bytes.
+"""

@@ -25,7 +25,8 @@ class Disk(NamedTuple):
 def diff(a: Disk, b: Disk, fetch: FetchNodes) -> Iterator[Range]:
     """Ranges where ``a`` and ``b`` may differ, in order, merged. Outside them they are equal, byte for byte.
 
-    Ranges are as fine as chunks: a change of one byte shows as its whole chunk. Bytes that only the longer disk has differ.
+    Ranges are as fine as chunks: a change of one byte shows as its whole chunk. Bytes that only the longer disk
+    has differ.
     """
     level = max(level_of(a.size_bytes), level_of(b.size_bytes))
     roots = _lifted(a, level), _lifted(b, level)

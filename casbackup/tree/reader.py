@@ -18,7 +18,9 @@ FetchNodes = Callable[[Sequence[BlobId]], Mapping[BlobId, Buffer | DataDamage]]
 
 
 class Segment(NamedTuple):
-    """``length`` bytes of a disk from ``offset``: one leaf, or a run of zeros (``extents`` None), or lost (``damage`` says why)."""
+    """``length`` bytes of a disk from ``offset``: one leaf, or a run of zeros (``extents`` None), or lost (``damage``
+    says why).
+    """
 
     offset: int
     length: int

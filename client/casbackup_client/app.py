@@ -58,9 +58,7 @@ class App:
         """:raise UsageError: when nothing says which repository is meant."""
         path = self.repository_option or self._setting("repository", "CASBACKUP_REPOSITORY")
         if not path:
-            raise UsageError(
-                "no repository is named: give -r PATH, set CASBACKUP_REPOSITORY, or use a profile"
-            )
+            raise UsageError("no repository is named: give -r PATH, set CASBACKUP_REPOSITORY, or use a profile")
         return path
 
     @property

@@ -47,9 +47,7 @@ SECTIONS: dict[str, dict[str, Entry]] = {
     },
     "Administer": {
         "migrate": Entry("migrate:migrate", "Bring a repository to the current format."),
-        "sessions": Entry(
-            "sessions:sessions", "List or abort backups that are under way or were interrupted."
-        ),
+        "sessions": Entry("sessions:sessions", "List or abort backups that are under way or were interrupted."),
         "completion": Entry("about:completion", "Print a shell's completion script."),
         "version": Entry("about:version", "Show the version."),
     },

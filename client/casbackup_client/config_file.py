@@ -42,9 +42,7 @@ class ConfigFile(NamedTuple):
     profiles: Mapping[str, Profile]
 
 
-def find_profile(
-    name: str | None, environment: Mapping[str, str], *, system_file: str = SYSTEM_FILE
-) -> Profile | None:
+def find_profile(name: str | None, environment: Mapping[str, str], *, system_file: str = SYSTEM_FILE) -> Profile | None:
     """The profile of that name; without one, the default profile, or None if there is none.
 
     :raise ConfigInvalid: when a file is wrong, or lacks the profile.
@@ -126,15 +124,11 @@ class _Checker:
         is found.
         """
         header = (
-            re.compile(r"\s*\[\s*" + r"\s*\.\s*".join(_quoted(part) for part in place) + r"\s*\]")
-            if place
-            else None
+            re.compile(r"\s*\[\s*" + r"\s*\.\s*".join(_quoted(part) for part in place) + r"\s*\]") if place else None
         )
         assignment = re.compile(rf"(\s*|.*[.{{,]\s*){_quoted(key)}\s*[=.]|\s*\[.*{_quoted(key)}\s*\]")
         start = next((n for n, line in enumerate(self._lines) if header and header.match(line)), 0)
-        return next(
-            (n + 1 for n, line in enumerate(self._lines[start:], start) if assignment.match(line)), None
-        )
+        return next((n + 1 for n, line in enumerate(self._lines[start:], start) if assignment.match(line)), None)
 
 
 def _quoted(key: str) -> str:
@@ -146,10 +140,7 @@ def _checked(content: Mapping[str, Any], checker: _Checker) -> ConfigFile:
     return ConfigFile(
         checker.path,
         checker.text(content, "default-profile", ()),
-        {
-            name: _profile(checker, name, checker.table(table, name, ("profiles",)))
-            for name, table in profiles.items()
-        },
+        {name: _profile(checker, name, checker.table(table, name, ("profiles",))) for name, table in profiles.items()},
     )
 
 

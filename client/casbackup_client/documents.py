@@ -1,26 +1,13 @@
 """What ``--json`` prints: one document a command. Keys are stable; new ones may be added.
 
 Sizes and offsets are bytes (``_bytes``), times RFC 3339 in UTC, durations milliseconds (``_ms``).
-``docs/reference/json.md`` is generated from here.
+``docs/reference/json.md`` is generated from here. At run time nobody imports this: it is for readers and
+the type checker.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NotRequired, TypedDict
-
-from casbackup.clock import format_time
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from casbackup.jobs.diff import SnapshotDifference
-    from casbackup.repository.accounting import Usage
-    from casbackup.repository.catalog import Snapshot
-    from casbackup.repository.damage import AffectedDisk
-    from casbackup.repository.gc import GcPlan, GcReport
-    from casbackup.repository.repository import Repository
-    from casbackup.repository.sessions import SessionRow
-    from casbackup.tree.diff import Range
+from typing import NotRequired, TypedDict
 
 
 class DiskDocument(TypedDict):
@@ -405,134 +392,3 @@ class FailureDocument(TypedDict):
     """Printed to standard error when a command fails."""
 
     error: ErrorDocument
-
-
-def repository_document(repository: Repository) -> RepositoryDocument:
-    config = repository.config
-    return {
-        "path": repository.layout.root,
-        "id": config.repository_id,
-        "format": config.format,
-        "created": config.created,
-        "compression_level": config.compression_level,
-    }
-
-
-def snapshot_document(snapshot: Snapshot) -> SnapshotDocument:
-    manifest, stats = snapshot.manifest, snapshot.manifest.stats
-    return {
-        "reference": snapshot.reference,
-        "id": snapshot.id,
-        "namespace": manifest.namespace,
-        "vm": manifest.vm,
-        "time": format_time(manifest.time_ms),
-        "sequence": manifest.sequence,
-        "parent": manifest.parent,
-        "size_bytes": manifest.size_bytes,
-        "disks": [
-            {"name": d.name, "size_bytes": d.size_bytes, "source": d.source, "root": d.root.hex()}
-            for d in manifest.disks
-        ],
-        "configs": [{"name": c.name, "size_bytes": c.size_bytes, "id": c.id.hex()} for c in manifest.configs],
-        "labels": list(snapshot.labels),
-        "notes": snapshot.notes,
-        "pinned": snapshot.pinned,
-        "host": manifest.host,
-        "program": manifest.program,
-        "stats": {
-            "read_bytes": stats.read_bytes,
-            "zero_bytes": stats.zero_bytes,
-            "reused_bytes": stats.reused_bytes,
-            "new_bytes": stats.new_bytes,
-            "new_stored_bytes": stats.new_stored_bytes,
-            "new_chunks": stats.new_chunks,
-            "duration_ms": stats.duration_ms,
-        },
-    }
-
-
-def range_documents(ranges: Iterable[Range]) -> list[RangeDocument]:
-    return [{"offset_bytes": item.offset, "length_bytes": item.length} for item in ranges]
-
-
-def difference_document(old: Snapshot, new: Snapshot, difference: SnapshotDifference) -> DifferenceDocument:
-    return {
-        "old": old.reference,
-        "new": new.reference,
-        "disks": [
-            {
-                "disk": item.disk,
-                "old_size_bytes": item.old_size_bytes,
-                "new_size_bytes": item.new_size_bytes,
-                "differing_bytes": item.differing_bytes,
-                "ranges": range_documents(item.ranges),
-            }
-            for item in difference.disks
-        ],
-        "configs": list(difference.configs),
-    }
-
-
-def usage_document(usage: Usage) -> UsageDocument:
-    return {
-        "logical_bytes": usage.logical_bytes,
-        "plain_bytes": usage.plain_bytes,
-        "stored_bytes": usage.stored_bytes,
-        "unique_bytes": usage.unique_bytes,
-        "shared_bytes": usage.shared_bytes,
-    }
-
-
-def planned_gc_document(plan: GcPlan) -> GcDocument:
-    return {
-        "dry_run": True,
-        "freed_bytes": plan.freed_bytes,
-        "pending_bytes": plan.pending_bytes,
-        "removed_blobs": plan.removed_blobs,
-        "dropped_packs": len(plan.drop),
-        "rewritten_packs": len(plan.rewrite),
-        "removed_orphans": len(plan.orphans),
-        "expired_sessions": len(plan.expired),
-        "notes": [],
-    }
-
-
-def gc_document(report: GcReport) -> GcDocument:
-    return {
-        "dry_run": False,
-        "freed_bytes": report.freed_bytes,
-        "pending_bytes": report.pending_bytes,
-        "removed_blobs": report.removed_blobs,
-        "dropped_packs": report.dropped_packs,
-        "rewritten_packs": report.rewritten_packs,
-        "removed_orphans": report.removed_orphans,
-        "expired_sessions": report.expired_sessions,
-        "notes": list(report.notes),
-    }
-
-
-def affected_documents(affected: Iterable[AffectedDisk]) -> list[AffectedDocument]:
-    return [
-        {
-            "snapshot": item.snapshot.reference,
-            "id": item.snapshot.id,
-            "disk": item.disk,
-            "config": None if item.disk else item.config,
-            "lost_bytes": item.lost_bytes,
-            "ranges": range_documents(item.ranges),
-        }
-        for item in affected
-    ]
-
-
-def session_document(row: SessionRow, active: bool) -> SessionDocument:
-    from casbackup.repository.sessions import SessionKind
-
-    return {
-        "id": row.id,
-        "namespace": row.namespace,
-        "vm": row.vm,
-        "kind": SessionKind(row.kind).name.lower(),
-        "active": active,
-        "seen": format_time(row.seen_ms),
-    }

@@ -113,14 +113,10 @@ def command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], click.
 
 
 def dry_run_option(what: str) -> Callable[[F], F]:
-    return click.option(
-        "-n", "--dry-run", is_flag=True, help=f"Show what {what} would do, and change nothing."
-    )
+    return click.option("-n", "--dry-run", is_flag=True, help=f"Show what {what} would do, and change nothing.")
 
 
-def _complete_reference(
-    _context: click.Context, _parameter: click.Parameter, incomplete: str
-) -> Sequence[str]:
+def _complete_reference(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> Sequence[str]:
     from casbackup_client.completion import references
 
     return references(_context.find_object(App) or App(), incomplete)

@@ -16,9 +16,7 @@ class Output:
         self.json = json
         self.quiet = quiet
 
-    def result(
-        self, document: Mapping[str, object], view: Callable[[], View], *, essential: bool = True
-    ) -> None:
+    def result(self, document: Mapping[str, object], view: Callable[[], View], *, essential: bool = True) -> None:
         """Show a command's outcome: the document with ``--json``, else the view. ``essential`` ones ignore
         ``--quiet``.
         """

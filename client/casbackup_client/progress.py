@@ -130,9 +130,7 @@ def _advance(state: State) -> list[str]:
 
 def _counts(counters: dict[str, int]) -> list[str]:
     """The counters beside ``done``: bytes, but for the ones that count things."""
-    shown = [
-        f"{name} {format_size(counters[name])}" for name in ("new", "reused", "zero") if name in counters
-    ]
+    shown = [f"{name} {format_size(counters[name])}" for name in ("new", "reused", "zero") if name in counters]
     return shown + [
         f"{value} {name}" for name, value in counters.items() if name not in ("done", "new", "reused", "zero")
     ]
@@ -141,7 +139,5 @@ def _counts(counters: dict[str, int]) -> list[str]:
 def _clock(seconds: float) -> str:
     whole = int(seconds)
     return (
-        f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
-        if whole >= 3600
-        else f"{whole // 60}:{whole % 60:02}"
+        f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02}"
     )

@@ -71,15 +71,11 @@ def plan(snapshot: Snapshot, folder: str | None, disks: Sequence[str], image_for
     paths = [os.path.realpath(path) for path in places.paths()]
     for path in paths:
         if paths.count(path) > 1:
-            raise UsageError(
-                f"two things would be written to {path}; restore disks one by one with --disk NAME=TARGET"
-            )
+            raise UsageError(f"two things would be written to {path}; restore disks one by one with --disk NAME=TARGET")
     return places
 
 
-def _chosen(
-    snapshot: Snapshot, folder: str | None, disks: Sequence[str], image_format: str | None
-) -> list[DiskPlace]:
+def _chosen(snapshot: Snapshot, folder: str | None, disks: Sequence[str], image_format: str | None) -> list[DiskPlace]:
     from casbackup.jobs.restore import find_disk
 
     places: list[DiskPlace] = []
@@ -145,9 +141,7 @@ def _opened(place: DiskPlace, overwriting: Overwriting) -> Target:
         return _opened_image(place, overwriting, is_device=is_device)
     if is_device and not (overwriting.force or overwriting.in_place):
         _check_blank(place.path)
-    return open_raw_target(
-        place.path, place.disk.size_bytes, force=overwriting.force, in_place=overwriting.in_place
-    )
+    return open_raw_target(place.path, place.disk.size_bytes, force=overwriting.force, in_place=overwriting.in_place)
 
 
 def _opened_image(place: DiskPlace, overwriting: Overwriting, *, is_device: bool) -> Target:
@@ -156,9 +150,7 @@ def _opened_image(place: DiskPlace, overwriting: Overwriting, *, is_device: bool
     if is_device:
         raise TargetUnsuitable(f"{place.path} is a block device: it can only hold a raw disk")
     if overwriting.in_place:
-        raise UsageError(
-            f"--in-place works on raw targets only, and {place.path} would be {place.image_format}"
-        )
+        raise UsageError(f"--in-place works on raw targets only, and {place.path} would be {place.image_format}")
     return create_image_target(
         place.path, place.disk.size_bytes, image_format=place.image_format, force=overwriting.force
     )

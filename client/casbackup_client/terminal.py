@@ -25,9 +25,7 @@ def draw(view: View, console: Console | None = None) -> None:
 def _table(table: Table) -> RichTable:
     drawn = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     for header in table.headers:
-        drawn.add_column(
-            title_of(header), justify="right" if is_right_aligned(header) else "left", overflow="fold"
-        )
+        drawn.add_column(title_of(header), justify="right" if is_right_aligned(header) else "left", overflow="fold")
     for row in table.rows:
         drawn.add_row(*(Text(printable(cell)) for cell in row))
     return drawn

@@ -111,7 +111,7 @@ def cb(bare: Casbackup) -> Casbackup:
 
 @pytest.fixture(scope="session")
 def five_days(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with five days of vm/100, each all new, and the last day's disk as vm/200. To be copied."""
+    """A repository with five days of vm/100, each all new, and the last one as vm/200 too. To be copied."""
     folder = tmp_path_factory.mktemp("five-days")
     repository, disk = folder / "repository", folder / "vm.raw"
     assert main(["-r", str(repository), "init", "-q"]) == 0
@@ -119,8 +119,8 @@ def five_days(tmp_path_factory: pytest.TempPathFactory) -> Path:
         disk.write_bytes(random.Random(day).randbytes(MiB))
         os.truncate(disk, 6 * MiB)
         for vm in ("vm/100", "vm/200") if day == 5 else ("vm/100",):
-            stamp = f"2026-11-0{day}T20:00:00Z"
-            assert main(["-r", str(repository), "backup", vm, f"scsi0={disk}", "--time", stamp, "-q"]) == 0
+            when = ["--time", f"2026-11-0{day}T20:00:00Z", "--namespace", "default", "-q"]
+            assert main(["-r", str(repository), "backup", vm, f"scsi0={disk}", *when]) == 0
     return repository
 
 

@@ -81,9 +81,7 @@ def test_profiles_on_the_command_line(bare: Casbackup, monkeypatch: pytest.Monke
 
 def test_the_users_file_comes_before_the_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     user, system = tmp_path / "user.toml", tmp_path / "system.toml"
-    system.write_text(
-        'default-profile = "b"\n[profiles.a]\nrepository = "/1"\n[profiles.b]\nrepository = "/2"\n'
-    )
+    system.write_text('default-profile = "b"\n[profiles.a]\nrepository = "/1"\n[profiles.b]\nrepository = "/2"\n')
     user.write_text('[profiles.a]\nrepository = "/3"\n')
     monkeypatch.setattr(config_file, "_user_file", lambda: str(user))
 

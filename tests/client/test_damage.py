@@ -31,10 +31,7 @@ def test_check_finds_it_and_says_what_it_means(damaged: Casbackup) -> None:
     text = damaged("check", "--read-data")
     assert text.status == 4
     start = affected[0]["ranges"][0]["offset_bytes"]
-    assert (
-        f"{affected[0]['snapshot']} scsi0, {affected[0]['lost_bytes']} bytes from byte {start} on"
-        in text.text
-    )
+    assert f"{affected[0]['snapshot']} scsi0, {affected[0]['lost_bytes']} bytes from byte {start} on" in text.text
 
 
 def test_check_without_reading_does_not_see_it(damaged: Casbackup) -> None:

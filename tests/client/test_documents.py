@@ -32,9 +32,7 @@ def conforms(value: Any, kind: Any, place: str = "document") -> None:
             conforms(value, next(arm for arm in get_args(kind) if arm is not type(None)), place)
     else:
         accepted = (int, float) if kind is float else kind
-        assert isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)), (
-            f"{place}: {value!r}"
-        )
+        assert isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)), f"{place}: {value!r}"
 
 
 def test_every_command_prints_its_document(bare: Casbackup) -> None:

@@ -107,7 +107,5 @@ def test_completion_of_ids_and_failures(cb: Casbackup) -> None:
 
 
 def test_the_generated_documentation_is_up_to_date() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "docs/generate.py", "--check"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, ROOT / "docs/generate.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -137,37 +140,25 @@ def test_restore_to_a_block_device(vm: Casbackup) -> None:
         assert error["code"] == "target-unsuitable"
 
 
-class loop_device:
+@contextmanager
+def loop_device(path: Path, size_bytes: int) -> Iterator[str]:
     """A file of this size as a block device; the test is skipped where there are none."""
-
-    def __init__(self, path: Path, size_bytes: int) -> None:
-        self._path = path
-        self._size_bytes = size_bytes
-
-    def __enter__(self) -> str:
-        import subprocess
-
-        self._path.touch()
-        os.truncate(self._path, self._size_bytes)
-        done = subprocess.run(["losetup", "--find", "--show", self._path], capture_output=True, text=True)
-        if done.returncode != 0:
-            pytest.skip(f"no loop devices here: {done.stderr.strip()}")
-        self._device = done.stdout.strip()
-        return self._device
-
-    def __exit__(self, *_: object) -> None:
-        import subprocess
-
-        subprocess.run(["losetup", "--detach", self._device], check=True)
+    path.touch()
+    os.truncate(path, size_bytes)
+    done = subprocess.run(["losetup", "--find", "--show", path], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"no loop devices here: {done.stderr.strip()}")
+    device = done.stdout.strip()
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
 
 
 def test_dump_whole_parts_and_configs(vm: Casbackup) -> None:
     disk = content(vm, "a.raw")
     assert vm.ok("dump", "vm/100", "scsi0").out == disk
-    assert (
-        vm.ok("dump", "vm/100", "scsi0", "--offset", "1000001", "--length", "70001").out
-        == disk[1000001:1070002]
-    )
+    assert vm.ok("dump", "vm/100", "scsi0", "--offset", "1000001", "--length", "70001").out == disk[1000001:1070002]
     assert vm.ok("dump", "vm/100", "scsi0", "--offset", "6MiB").out == b""
     assert vm.ok("dump", "vm/100", "--config", "100.conf").text == "cores: 2\n"
     assert vm.fails(2, "dump", "vm/100", "scsi0", "--offset", "7M", "-o", "x")["code"] == "invalid-value"

@@ -23,9 +23,7 @@ HEAVY = {
     "socket",
     "subprocess",
 }
-LIST_MODULES = START.replace(
-    "sys.exit(main())", "main(); sys.stdout.flush(); print(*sys.modules, file=sys.stderr)"
-)
+LIST_MODULES = START.replace("sys.exit(main())", "main(); sys.stdout.flush(); print(*sys.modules, file=sys.stderr)")
 
 
 def loaded(process: subprocess.Popen[bytes]) -> set[str]:
@@ -36,17 +34,20 @@ def loaded(process: subprocess.Popen[bytes]) -> set[str]:
 
 
 def test_help_is_quick(start: Start) -> None:
-    """0.15 s is the figure on a calm machine; a test must pass on a busy one, so it looks at processor
-    time.
-    """
+    """0.15 s is the figure on a calm machine; a test must pass on a busy one, so it looks at processor time."""
+    assert processor_time_s(start) <= max(0.3, 2 * processor_time_s(start, code="import click"))
+
+
+def processor_time_s(start: Start, code: str = START) -> float:
+    """The least of five runs of ``casbackup --help``, or of other code."""
     times = []
     for _ in range(5):
-        process = start("--help")
+        process = start("--help", code=code, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = status
         process.communicate()
         times.append(usage.ru_utime + usage.ru_stime)
-    assert min(times) <= 0.3
+    return min(times)
 
 
 def test_help_loads_no_command_and_nothing_heavy(start: Start) -> None:

@@ -149,9 +149,7 @@ def leaf_example() -> list[Part]:
 
 def inner_example() -> list[Part]:
     data = node.encode_inner(1, [ZERO_ID, LEAF_ID])
-    return split(
-        data, ("type, version", 2), ("count", 2), ("level", 4), ("child 0: zeros", 32), ("child 1", 32)
-    )
+    return split(data, ("type, version", 2), ("count", 2), ("level", 4), ("child 0: zeros", 32), ("child 1", 32))
 
 
 def manifest_example() -> list[Part]:
@@ -198,17 +196,13 @@ def hexdump(parts: list[Part]) -> str:
 
 def names_example() -> str:
     lines = [f"{'plain bytes':<12}{PLAIN!r}"]
-    lines += [
-        f"{f'as {kind.name.lower()}':<12}{hashing.blob_id(kind, PLAIN).hex()}" for kind in record.BlobKind
-    ]
+    lines += [f"{f'as {kind.name.lower()}':<12}{hashing.blob_id(kind, PLAIN).hex()}" for kind in record.BlobKind]
     return "\n".join(lines)
 
 
 def keys_example() -> str:
     keys = (hashing.CHUNK_KEY, hashing.NODE_KEY, hashing.CONFIG_KEY)
-    return "\n".join(
-        f"{name:<8}{key.hex()}" for name, key in zip(("chunk", "node", "config"), keys, strict=True)
-    )
+    return "\n".join(f"{name:<8}{key.hex()}" for name, key in zip(("chunk", "node", "config"), keys, strict=True))
 
 
 def config_example() -> str:

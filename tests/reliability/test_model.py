@@ -1,8 +1,8 @@
 """A repository against a model in plain Python, under sessions, gc, crashes and clocks that jump.
 
 Sessions go in small steps that remember answers as real clients do: what ``missing`` said about a leaf is
-acted upon later, when a gc may have begun, ended, or be in the middle of its work. Every look at the index and
-every operation of a gc is a place where a few steps of others may happen. Here other programs lost data.
+acted upon later, when a gc may have begun, ended, or be in the middle of its work. Every look at the index
+and every operation of a gc is a place where a few steps of others may happen. Here others lost data.
 
 The model: a snapshot that was committed is there, whole, until it is forgotten; a session that keeps to the
 protocol can always commit; what is being read can be read to its end.

@@ -15,7 +15,7 @@ from casbackup_client.options import command, pass_app, reference_argument
 @pass_app
 def pin(app: App, reference: str, remove: bool) -> None:
     """Protect a snapshot: neither `forget` nor a retention policy removes it until the pin is removed."""
-    from casbackup_client.documents import snapshot_document
+    from casbackup_client.documenting import snapshot_document
 
     with app.repository() as repository:
         repository.require_writable()
@@ -44,7 +44,7 @@ def label(
     notes: str | None,
 ) -> None:
     """Change a snapshot's labels and notes."""
-    from casbackup_client.documents import snapshot_document
+    from casbackup_client.documenting import snapshot_document
 
     if not (add or remove or replacement or notes is not None):
         raise UsageError("nothing to change: give --add, --remove, --set or --notes")

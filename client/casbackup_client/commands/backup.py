@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from casbackup_client.views import View
 
 
-def _complete_source(
-    _context: click.Context, _parameter: click.Parameter, incomplete: str
-) -> list[CompletionItem]:
+def _complete_source(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from click.shell_completion import CompletionItem
 
     return [CompletionItem(incomplete, type="file")]
@@ -37,17 +35,11 @@ def _complete_source(
     multiple=True,
     help="A file to keep with the disks, such as the VM's configuration. Repeatable.",
 )
-@click.option(
-    "--label", "labels", metavar="LABEL", multiple=True, help="A label for the snapshot. Repeatable."
-)
+@click.option("--label", "labels", metavar="LABEL", multiple=True, help="A label for the snapshot. Repeatable.")
 @click.option("--notes", metavar="TEXT", default="", help="Notes for the snapshot.")
-@click.option(
-    "--format", "image_format", metavar="FORMAT", help="The sources' image format, such as raw or qcow2."
-)
+@click.option("--format", "image_format", metavar="FORMAT", help="The sources' image format, such as raw or qcow2.")
 @click.option("--resume", metavar="SESSION", help="Go on with a session that was interrupted.")
-@click.option(
-    "--time", metavar="TIME", help="The snapshot's time, such as 2026-11-22T20:00:00Z; default: now."
-)
+@click.option("--time", metavar="TIME", help="The snapshot's time, such as 2026-11-22T20:00:00Z; default: now.")
 @pass_app
 def backup(
     app: App,
@@ -107,7 +99,7 @@ def _program() -> str:
 
 
 def _show(app: App, snapshot: Snapshot) -> None:
-    from casbackup_client.documents import snapshot_document
+    from casbackup_client.documenting import snapshot_document
     from casbackup_client.output import is_terminal
 
     app.output.result(

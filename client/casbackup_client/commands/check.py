@@ -37,13 +37,9 @@ _MOST_LINES = 20
     type=parse_duration,
     help="Only what was not verified for so long, such as 7d.",
 )
-@click.option(
-    "--time-budget", metavar="TIME", type=parse_duration, help="Stop reading after so long, such as 10m."
-)
+@click.option("--time-budget", metavar="TIME", type=parse_duration, help="Stop reading after so long, such as 10m.")
 @pass_app
-def check(
-    app: App, read_data: bool, subset: float | None, older_than: float | None, time_budget: float | None
-) -> None:
+def check(app: App, read_data: bool, subset: float | None, older_than: float | None, time_budget: float | None) -> None:
     """Verify the repository: manifests, disk trees, index and packs; and with --read-data every stored byte.
 
     --read-data-subset, --older-than and --time-budget imply --read-data and may be combined; what was
@@ -69,13 +65,12 @@ def check(
 
 
 def _document(report: CheckReport, duration_ms: int) -> CheckDocument:
-    from casbackup_client.documents import affected_documents
+    from casbackup_client.documenting import affected_documents
 
     return {
         "damaged": report.damaged,
         "findings": [
-            {"severity": item.severity, "object": item.object, "message": item.message}
-            for item in report.findings
+            {"severity": item.severity, "object": item.object, "message": item.message} for item in report.findings
         ],
         "affected": affected_documents(report.affected),
         "snapshots": report.snapshots,
@@ -130,9 +125,7 @@ def affected_lines(affected: list[AffectedDocument], *, everything: bool) -> lis
         if item["disk"] is None:
             lines.append(f"lost: {item['snapshot']} config {item['config']}")
         where = f"lost: {item['snapshot']} {item['disk']}"
-        lines += [
-            f"{where}, {r['length_bytes']} bytes from byte {r['offset_bytes']} on" for r in item["ranges"]
-        ]
+        lines += [f"{where}, {r['length_bytes']} bytes from byte {r['offset_bytes']} on" for r in item["ranges"]]
     return shortened(lines, everything=everything)
 
 

@@ -27,7 +27,7 @@ def diff(app: App, old: str, new: str, disks: tuple[str, ...]) -> None:
     """
     from casbackup.jobs.diff import diff_snapshots
     from casbackup.jobs.restore import find_disk
-    from casbackup_client.documents import difference_document
+    from casbackup_client.documenting import difference_document
 
     with app.peer() as peer:
         before, after = peer.find(old, app.namespace), peer.find(new, app.namespace)
@@ -43,10 +43,7 @@ def _view(difference: SnapshotDifference, *, with_ranges: bool) -> View:
     from casbackup.units import format_size as size
     from casbackup_client.views import Table
 
-    rows = [
-        (item.disk, _status(item), size(item.differing_bytes), str(len(item.ranges)))
-        for item in difference.disks
-    ]
+    rows = [(item.disk, _status(item), size(item.differing_bytes), str(len(item.ranges))) for item in difference.disks]
     view: list[str | Table] = [Table(("disk", "status", ">differing", ">ranges"), rows)] if rows else []
     if difference.configs:
         view.append(f"configs that differ: {', '.join(difference.configs)}")

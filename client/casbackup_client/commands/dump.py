@@ -27,9 +27,7 @@ STDOUT = "-"
 @reference_argument()
 @click.argument("disk", metavar="[DISK]", required=False)
 @click.option("--config", metavar="NAME", help="Write this config instead of a disk.")
-@click.option(
-    "--offset", metavar="SIZE", type=parse_size, default="0", help="Begin there; default: at the beginning."
-)
+@click.option("--offset", metavar="SIZE", type=parse_size, default="0", help="Begin there; default: at the beginning.")
 @click.option("--length", metavar="SIZE", type=parse_size, help="Write so much; default: up to the end.")
 @click.option(
     "-o",
@@ -66,9 +64,7 @@ def dump(
         snapshot = peer.find(reference, app.namespace)
         with peer.reading(snapshot), app.progress() as progress:
             pieces, start, size = (
-                _config(peer, snapshot, config)
-                if config
-                else _disk(peer, snapshot, disk or "", offset, length)
+                _config(peer, snapshot, config) if config else _disk(peer, snapshot, disk or "", offset, length)
             )
             with _destination(output, force=force) as file, pieces as content:
                 _copy(content, file, progress, disk or config or "", size)
@@ -87,9 +83,7 @@ def dump(
 Content = contextlib.AbstractContextManager[Iterator[bytearray] | Iterator[bytes]]
 
 
-def _disk(
-    peer: Peer, snapshot: Snapshot, name: str, offset: int, length: int | None
-) -> tuple[Content, int, int]:
+def _disk(peer: Peer, snapshot: Snapshot, name: str, offset: int, length: int | None) -> tuple[Content, int, int]:
     from casbackup.jobs.restore import find_disk
     from casbackup.peer.disk import SnapshotDisk
     from casbackup_client.readahead import ReadAhead

@@ -30,7 +30,7 @@ def _keep_options(function: F) -> F:
         option = click.option(
             f"--keep-{rule}",
             metavar="N",
-            type=click.IntRange(min=0),
+            type=int,
             default=0,
             help=f"Keep the newest N {what}.",
         )
@@ -41,22 +41,18 @@ def _keep_options(function: F) -> F:
 @command("forget")
 @click.argument("what", metavar="[VM|REF]...", nargs=-1)
 @_keep_options
-@click.option(
-    "--all", "everything", is_flag=True, help="Remove all snapshots of the named VMs, but for pinned ones."
-)
+@click.option("--all", "everything", is_flag=True, help="Remove all snapshots of the named VMs, but for pinned ones.")
 @dry_run_option("forget")
 @click.option("--gc", "with_gc", is_flag=True, help="Free the space, too.")
 @pass_app
-def forget(
-    app: App, /, what: tuple[str, ...], everything: bool, dry_run: bool, with_gc: bool, **keep: int
-) -> None:
+def forget(app: App, /, what: tuple[str, ...], everything: bool, dry_run: bool, with_gc: bool, **keep: int) -> None:
     """Remove snapshots: those that no rule keeps, or the ones named.
 
     \b
-    casbackup forget vm/100 --keep-daily 7 --keep-weekly 4      by rules, of one VM
-    casbackup forget --keep-last 3 --keep-monthly 12            by rules, of each VM of the namespace
-    casbackup forget vm/100@2026-11-22T20:00:00Z 1f3a9c2e       these snapshots
-    casbackup forget vm/100 --all                               a VM that is no more
+    casbackup forget vm/100 --keep-daily 7 --keep-weekly 4   by rules, of a VM
+    casbackup forget --keep-last 3 --keep-monthly 12         the same, of each VM
+    casbackup forget vm/100@2026-11-22T20:00 1f3a9c2e        these snapshots
+    casbackup forget vm/100 --all                            a VM that is no more
 
     The rules are those of Proxmox Backup Server: each keeps the newest snapshot of a period, for the newest
     N periods that have one and that no earlier rule covers. Days are those of local time (TZ). Pinned

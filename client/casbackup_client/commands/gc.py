@@ -36,15 +36,13 @@ def gc(app: App, dry_run: bool, repack_garbage: float | None) -> None:
     app.output.result(document, lambda: describe_gc(document), essential=dry_run)
 
 
-def run_gc(
-    app: App, repository: Repository, *, dry_run: bool, repack_percent: float | None = None
-) -> GcDocument:
+def run_gc(app: App, repository: Repository, *, dry_run: bool, repack_percent: float | None = None) -> GcDocument:
     """Plan, and unless ``dry_run`` execute.
 
     :raise RepositoryBusy: when another gc, check or repair runs.
     """
     from casbackup.repository.gc import REPACK_GARBAGE, execute_gc, plan_gc
-    from casbackup_client.documents import gc_document, planned_gc_document
+    from casbackup_client.documenting import gc_document, planned_gc_document
 
     threshold = REPACK_GARBAGE if repack_percent is None else repack_percent / 100
     if dry_run:

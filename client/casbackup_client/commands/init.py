@@ -23,7 +23,7 @@ def init(app: App, compression_level: int | None) -> None:
     system.
     """
     from casbackup.repository.repository import Repository
-    from casbackup_client.documents import repository_document
+    from casbackup_client.documenting import repository_document
 
     with Repository.create(app.repository_path, compression_level=compression_level) as repository:
         document = repository_document(repository)

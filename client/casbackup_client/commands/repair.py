@@ -54,7 +54,7 @@ def _rebuild(app: App) -> None:
 
 def _repair(app: App) -> None:
     from casbackup.repository.repair import repair
-    from casbackup_client.documents import affected_documents
+    from casbackup_client.documenting import affected_documents
 
     with app.repository() as repository, app.progress() as progress:
         report = repair(repository, progress)
@@ -67,9 +67,7 @@ def _repair(app: App) -> None:
         "affected": affected_documents(report.affected),
         "notes": list(report.notes),
     }
-    app.output.result(
-        document, lambda: _lines(document, everything=app.verbose), essential=bool(report.lost_blobs)
-    )
+    app.output.result(document, lambda: _lines(document, everything=app.verbose), essential=bool(report.lost_blobs))
     if report.lost_blobs:
         raise DamageFound(f"lost until a backup has the data again: {counted(report.lost_blobs, 'blob')}")
 

@@ -45,13 +45,9 @@ if TYPE_CHECKING:
     metavar="FORMAT",
     help="Write images of this format, such as qcow2; default: raw.",
 )
-@click.option(
-    "--in-place", is_flag=True, help="Change an existing raw target where it differs, and nowhere else."
-)
+@click.option("--in-place", is_flag=True, help="Change an existing raw target where it differs, and nowhere else.")
 @click.option("--force", is_flag=True, help="Overwrite what is there.")
-@click.option(
-    "--best-effort", is_flag=True, help="Restore around damage: lost ranges become zeros and are listed."
-)
+@click.option("--best-effort", is_flag=True, help="Restore around damage: lost ranges become zeros and are listed.")
 @click.option("--sync", is_flag=True, help="End only when everything has reached the disk.")
 @pass_app
 def restore(
@@ -68,10 +64,10 @@ def restore(
     """Restore a snapshot's disks, and verify all of it on the way.
 
     \b
-    casbackup restore vm/100 --to out                   the latest snapshot, to out/scsi0.raw, ...
-    casbackup restore vm/100@2026-11-22T20 --to out     the one of that hour
+    casbackup restore vm/100 --to out                  the latest, to out/scsi0.raw
+    casbackup restore vm/100@2026-11-22T20 --to out    the one of that hour
     casbackup restore 1f3a9c2e --disk scsi0=/dev/vg0/disk
-    casbackup restore vm/100 --disk scsi0=root.qcow2    an image of that format
+    casbackup restore vm/100 --disk scsi0=root.qcow2   an image of that format
 
     Files are sparse and get their names when all is complete. What exists is not overwritten without
     --force, nor is a block device that holds data; one that is mounted or otherwise in use needs --force,
@@ -117,9 +113,7 @@ class _Outcome(NamedTuple):
 
 
 class _Run:
-    def __init__(
-        self, peer: Peer, progress: Progress, *, in_place: bool, best_effort: bool, sync: bool
-    ) -> None:
+    def __init__(self, peer: Peer, progress: Progress, *, in_place: bool, best_effort: bool, sync: bool) -> None:
         self._peer = peer
         self._progress = progress
         self._in_place = in_place
@@ -195,7 +189,7 @@ def _show(app: App, snapshot: Snapshot, outcome: _Outcome, duration_ms: int) -> 
 
 
 def _document(snapshot: Snapshot, outcome: _Outcome, duration_ms: int) -> RestoreDocument:
-    from casbackup_client.documents import range_documents
+    from casbackup_client.documenting import range_documents
 
     return {
         "snapshot": snapshot.reference,

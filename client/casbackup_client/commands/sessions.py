@@ -36,18 +36,16 @@ def sessions(context: click.Context) -> None:
 
 
 def _list(app: App) -> None:
-    from casbackup_client.documents import session_document
+    from casbackup_client.documenting import session_document
 
     with app.repository() as repository:
         found = repository.sessions.all()
     found.sort(key=lambda item: item[0].seen_ms)
-    app.output.result(
-        {"sessions": [session_document(row, active) for row, active in found]}, lambda: _view(found)
-    )
+    app.output.result({"sessions": [session_document(row, active) for row, active in found]}, lambda: _view(found))
 
 
 def _view(found: list[tuple[SessionRow, bool]]) -> View:
-    from casbackup_client.documents import session_document
+    from casbackup_client.documenting import session_document
     from casbackup_client.views import Table
 
     rows = [

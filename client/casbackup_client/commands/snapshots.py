@@ -34,7 +34,7 @@ def snapshots(
     A snapshot is named by VM@TIME, by the first digits of its id, or by VM alone for the VM's latest.
     """
     from casbackup.ids import parse_vm
-    from casbackup_client.documents import snapshot_document
+    from casbackup_client.documenting import snapshot_document
 
     wanted = {parse_vm(name) for name in (*vms, *more_vms)}
     with app.repository() as repository:
@@ -77,7 +77,7 @@ def _list(snapshots: list[Snapshot]) -> View:
 @pass_app
 def show(app: App, reference: str) -> None:
     """Show all about a snapshot: its disks, configs, labels and notes, and what making it took."""
-    from casbackup_client.documents import snapshot_document
+    from casbackup_client.documenting import snapshot_document
 
     with app.repository() as repository:
         snapshot = repository.catalog.find(reference, app.namespace)

@@ -54,15 +54,13 @@ def _chosen(snapshots: object, namespace: Namespace | None, vms: set[VmName]) ->
 
 
 def _document(repository: Repository, accounting: Accounting, chosen: list[Snapshot]) -> StatsDocument:
-    from casbackup_client.documents import usage_document
+    from casbackup_client.documenting import usage_document
 
     groups: dict[tuple[Namespace, VmName], list[Snapshot]] = {}
     for snapshot in chosen:
         groups.setdefault((snapshot.manifest.namespace, snapshot.manifest.vm), []).append(snapshot)
     return {
-        "snapshots": [
-            {"snapshot": s.reference, "id": s.id, **usage_document(accounting.usage([s]))} for s in chosen
-        ],
+        "snapshots": [{"snapshot": s.reference, "id": s.id, **usage_document(accounting.usage([s]))} for s in chosen],
         "vms": [
             {
                 "namespace": namespace,
