@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 
@@ -34,10 +33,12 @@ class PendingFile:
         self._path = os.path.realpath(path)
         self._replace = replace
         self._replaced = existing_file(path)
+        if self._replaced is not None and stat.S_ISBLK(self._replaced.st_mode):
+            raise TargetUnsuitable(f"{path} is a block device; a file cannot take its place")
         if self._replaced is not None and not replace:
             raise TargetExists(f"{path} exists")
         folder, name = os.path.split(self._path)
-        self.temporary = os.path.join(folder, f".{name[:60]}.{secrets.token_hex(4)}.partial")
+        self.temporary = os.path.join(folder, f".{name[:60]}.{os.urandom(4).hex()}.partial")
         with translated(path):
             os.close(os.open(self.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
 

@@ -23,14 +23,14 @@ from casbackup.errors import IndexIncomplete, RepositoryBusy
 from casbackup.ids import BlobId, PackId, SessionId
 from casbackup.limits import INDEX_BATCH_ENTRIES
 from casbackup.progress import NoProgress, Progress
-from casbackup.repository.indextable import Bools, IndexTable, contains, read_index
+from casbackup.repository.indextable import Bools, IndexTable, Prefixes, contains, read_index
 from casbackup.repository.mark import Marks, configs_of, mark, roots_of
 from casbackup.repository.repack import repack
 from casbackup.repository.repository import Repository
 from casbackup.repository.sessions import SessionKind, SessionRow
 from casbackup.spec.indexdb import STATE_DAMAGED, PackRow, decode_entry, pack_key
 from casbackup.spec.record import BlobKind
-from casbackup.store.index import Transaction
+from casbackup.store.index import Index, Transaction
 from casbackup.store.packfile import read_header
 
 REPACK_GARBAGE = 0.25
@@ -182,11 +182,11 @@ def _marked(repository: Repository, table: IndexTable, kept: Sequence[SessionRow
         lambda nodes: progress.advance(nodes=nodes),
     )
     progress.finish()
-    _require_complete(table, marks)
+    _require_complete(repository.index, table, marks)
     return marks
 
 
-def _require_complete(table: IndexTable, marks: Marks) -> None:
+def _require_complete(index: Index, table: IndexTable, marks: Marks) -> None:
     """Whatever is needed must be in the index, if only as known to be damaged: else the index, or half of the packs,
     is not the right one.
     """
@@ -196,9 +196,19 @@ def _require_complete(table: IndexTable, marks: Marks) -> None:
         first = unknown[0].hex()[:16]
         raise IndexIncomplete(f"gc stops: {len(unknown)} tree nodes cannot be read, the first is {first}")
     nonzero = marks.prefixes[marks.prefixes != 0]
-    absent = int((~contains(np.unique(table.prefixes), nonzero)).sum())
+    absent = _still_absent(index, nonzero[~contains(np.unique(table.prefixes), nonzero)])
     if absent:
         raise IndexIncomplete(f"gc stops: the index lacks {absent} blobs that snapshots need")
+
+
+def _still_absent(index: Index, prefixes: Prefixes) -> int:
+    """How many of these are not in the index now either: what was committed since the table was read is."""
+    count = 0
+    with index.read() as txn, txn.cursor(db=index.blobs) as cursor:
+        for prefix in prefixes.tolist():
+            key = int(prefix).to_bytes(8, "little")
+            count += not (cursor.set_range(key) and bytes(cursor.key()).startswith(key))
+    return count
 
 
 @dataclass(slots=True)

@@ -63,6 +63,7 @@ class Repository:
         self.catalog = Catalog(fs, layout, index)
         self.sessions = Sessions(self)
         self._lock = lock
+        self._closed = False
 
     @classmethod
     def create(
@@ -130,12 +131,14 @@ class Repository:
         return cls(layout, config, index, FolderPackStorage(fs, layout.packs), lock, fs=fs, clock=clock)
 
     def close(self) -> None:
-        """Let go of the index and the lock. Closing twice is harmless."""
-        if self._lock is not None or self.read_only:
-            self.index.close()
+        """Let go of the index, open packs and the lock. Closing twice is harmless."""
+        if self._closed:
+            return
+        self._closed = True
+        self.store.storage.close()
+        self.index.close()
         if self._lock is not None:
             self._lock.release()
-            self._lock = None
 
     @contextlib.contextmanager
     def maintenance(self) -> Iterator[None]:

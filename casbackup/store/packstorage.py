@@ -68,6 +68,9 @@ class PackStorage(Protocol):
     def foreign(self) -> Iterator[str]:
         """Names of things among the packs that are not packs."""
 
+    def close(self) -> None:
+        """Let go of what is kept open for reading; the next call opens it again."""
+
 
 class FolderPackStorage:
     """``packs/xx/<id>.pack`` below a folder; xx are the id's first two digits."""

@@ -54,9 +54,7 @@ def read() -> Tree:
 
 def _commands(name: str, command: click.Command | None) -> Iterator[Command]:
     assert command is not None, name
-    arguments = [
-        p.metavar or p.name.upper() for p in command.params if isinstance(p, click.Argument) and p.name
-    ]
+    arguments = [p.metavar or p.name.upper() for p in command.params if isinstance(p, click.Argument) and p.name]
     own = [_option(p) for p in _options(command) if not is_global(p)]
     usage = " ".join(["casbackup", name, *(["[OPTIONS]"] if own else []), *arguments])
     yield Command(name, usage, list(_texts(command.help or "")), own)

@@ -74,9 +74,7 @@ def _items(items: Iterable[tuple[str, str]]) -> Iterator[str]:
 
 def _spelling(text: str) -> str:
     """``-r, --repo PATH`` with the options bold and the value slanted."""
-    words = (
-        f"\\fB{_hyphens(w)}\\fR" if w.startswith("-") else f"\\fI{_hyphens(w)}\\fR" for w in text.split(" ")
-    )
+    words = (f"\\fB{_hyphens(w)}\\fR" if w.startswith("-") else f"\\fI{_hyphens(w)}\\fR" for w in text.split(" "))
     return " ".join(words).replace(",\\fR", "\\fR,")
 
 

@@ -64,9 +64,7 @@ def limits(module: ast.Module) -> str:
     rows = []
     for name, _, doc in _assignments(module.body):
         rows.append((f"`{name}`", f"{getattr(limit_values, name):,}", doc))
-    return _page(
-        ["# Limits", "Everything has a limit; sizes are bytes.", _table(("limit", "value", "meaning"), rows)]
-    )
+    return _page(["# Limits", "Everything has a limit; sizes are bytes.", _table(("limit", "value", "meaning"), rows)])
 
 
 def json_documents(module: ast.Module) -> str:

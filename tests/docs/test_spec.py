@@ -302,7 +302,9 @@ def write_examples() -> None:
     for page in PAGES.glob("*.md"):
         text = page.read_text(encoding="utf-8")
         for name, make in EXAMPLES.items():
-            text = re.sub(_EXAMPLE.format(name), lambda m, make=make: m[1] + make() + m[3], text)
+            found = re.search(_EXAMPLE.format(name), text)
+            if found:
+                text = text[: found.start(2)] + make() + text[found.end(2) :]
         page.write_text(text, encoding="utf-8")
 
 
