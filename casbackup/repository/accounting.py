@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 from casbackup.codec.records import decode_record
 from casbackup.errors import DataDamage
@@ -26,6 +27,7 @@ from casbackup.store.index import Transaction
 from casbackup.tree.builder import level_of
 
 _BATCH = 2048
+_FEW = 1000
 _CHUNK = np.dtype([("prefix", "<u8"), ("stored", "<u4"), ("plain", "<u4")])
 
 
@@ -119,31 +121,34 @@ class _Sums:
     def __init__(self, result: Accounting) -> None:
         self._result = result
         self._sets: dict[int, int] = {}
-        self._chunks: list[npt.NDArray[np.void]] = []
+        self._chunks: list[bytes] = []
         self._groups: list[int] = []
 
     def add_node(self, bits: int, record_bytes: int) -> None:
         self._result.stored_by_set[bits] = self._result.stored_by_set.get(bits, 0) + record_bytes
 
     def add_leaf(self, bits: int, chunks: bytes) -> None:
-        self._chunks.append(np.frombuffer(chunks, _CHUNK))
+        self._chunks.append(chunks)
         self._groups.append(self._sets.setdefault(bits, len(self._sets)))
 
     def finish(self) -> None:
         """Sort all mentions by chunk; a chunk that leaves of different sets mention belongs to their union."""
         if not self._chunks:
             return
-        chunks = np.concatenate(self._chunks)
-        groups = np.repeat(np.array(self._groups), [len(part) for part in self._chunks])
+        chunks = np.frombuffer(b"".join(self._chunks), _CHUNK)
+        mentions = [len(part) // _CHUNK.itemsize for part in self._chunks]
+        groups = np.repeat(np.array(self._groups, np.uint32), mentions)
         sets = list(self._sets)
         self._add_references(chunks, groups, sets)
-        order = np.argsort(chunks["prefix"], kind="stable")
-        chunks, groups = chunks[order], groups[order]
-        first = np.flatnonzero(np.concatenate(([True], chunks["prefix"][1:] != chunks["prefix"][:-1])))
-        lowest, highest = np.minimum.reduceat(groups, first), np.maximum.reduceat(groups, first)
+        prefixes = np.ascontiguousarray(chunks["prefix"])
+        order = _grouping_order(prefixes)
+        prefixes, groups = prefixes[order], groups[order]
+        first = np.flatnonzero(np.concatenate(([True], prefixes[1:] != prefixes[:-1])))
+        lowest, highest = np.minimum.reduceat(groups, first).astype(np.int64), np.maximum.reduceat(groups, first)
         self._unite(lowest != highest, first, groups, lowest, sets)
+        chunks = chunks[order[first]]
         for name, sums in (("stored", self._result.stored_by_set), ("plain", self._result.plain_by_set)):
-            totals = np.bincount(lowest, chunks[name][first], minlength=len(sets))
+            totals = np.bincount(lowest, chunks[name], minlength=len(sets))
             for bits, total in zip(sets, totals.tolist(), strict=True):
                 sums[bits] = sums.get(bits, 0) + int(total)
 
@@ -151,29 +156,60 @@ class _Sums:
         self,
         mixed: npt.NDArray[np.bool_],
         first: npt.NDArray[np.int64],
-        groups: npt.NDArray[np.int64],
+        groups: npt.NDArray[np.uint32],
         result: npt.NDArray[np.int64],
         sets: list[int],
     ) -> None:
         """For chunks mentioned by several sets of leaves, put the group of the union into ``result``; new ones join
         ``sets``.
+
+        There may be millions, but few unions: what lies between two changes of a leaf has the same sets. So each
+        group gets a random number, and of the chunks whose numbers add up to the same sum one is looked at.
         """
         known = {bits: number for number, bits in enumerate(sets)}
+        numbers = np.frombuffer(blake3(b"groups").digest(length=8 * len(sets)), np.uint64)
+        rows = np.flatnonzero(mixed)
+        sums = np.add.reduceat(numbers[groups], first)[rows]
+        _, samples, kinds = np.unique(sums, return_index=True, return_inverse=True)
         ends = np.append(first[1:], len(groups))
-        for row in np.flatnonzero(mixed).tolist():
+        united: list[int] = []
+        for row in rows[samples].tolist():
             bits = 0
             for group in set(groups[first[row] : ends[row]].tolist()):
                 bits |= sets[group]
             if bits not in known:
                 known[bits] = len(sets)
                 sets.append(bits)
-            result[row] = known[bits]
+            united.append(known[bits])
+        result[rows] = np.array(united, np.int64)[kinds]
 
-    def _add_references(self, chunks: npt.NDArray[np.void], groups: npt.NDArray[np.int64], sets: Sequence[int]) -> None:
+    def _add_references(
+        self, chunks: npt.NDArray[np.void], groups: npt.NDArray[np.uint32], sets: Sequence[int]
+    ) -> None:
         totals = np.bincount(groups, chunks["plain"], minlength=len(sets)).tolist()
         self._result.referenced_bytes = sum(
             int(total) * bits.bit_count() for total, bits in zip(totals, sets, strict=True)
         )
+
+
+def _grouping_order(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """An order that puts equal numbers together, in a third of the time of ``argsort``.
+
+    The low bits of each number make way for its place, so that a plain sort does it. The few different numbers that
+    have equal high bits, hardly any in a repository of millions of chunks, are sorted by themselves.
+    """
+    low = np.uint64((1 << len(numbers).bit_length()) - 1)
+    packed = np.sort((numbers & ~low) | np.arange(len(numbers), dtype=np.uint64))
+    order = (packed & low).astype(np.int64)
+    found = numbers[order]
+    confused = np.flatnonzero(((packed[1:] ^ packed[:-1]) <= low) & (found[1:] != found[:-1]))
+    if len(confused) > _FEW:
+        return np.argsort(numbers)
+    for high in np.unique(packed[confused] & ~low):
+        start, end = np.searchsorted(packed, high), np.searchsorted(packed, high | low, "right")
+        part = order[start:end]
+        order[start:end] = part[np.argsort(numbers[part])]
+    return order
 
 
 def _descend(repository: Repository, by_level: dict[int, dict[BlobId, int]], sums: _Sums) -> None:

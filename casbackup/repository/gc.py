@@ -138,7 +138,10 @@ def execute_gc(repository: Repository, plan: GcPlan, progress: Progress | None =
     if plan.may_remove_doomed and _quiet(repository, plan):
         removable += plan.doom
     report.removed_blobs = _remove(repository, removable)
-    _sweep_packs(repository, plan, report, progress or NoProgress())
+    if report.removed_blobs or plan.revive or plan.doom or plan.drop or plan.rewrite:
+        _sweep_packs(repository, plan, report, progress or NoProgress())
+    else:  # nothing has changed what packs are good for: reading the whole index again would show the same
+        report.pending_bytes = plan.pending_bytes
     _remove_orphans(repository, plan, report)
     return report
 
@@ -196,7 +199,7 @@ def _require_complete(index: Index, table: IndexTable, marks: Marks) -> None:
         first = unknown[0].hex()[:16]
         raise IndexIncomplete(f"gc stops: {len(unknown)} tree nodes cannot be read, the first is {first}")
     nonzero = marks.prefixes[marks.prefixes != 0]
-    absent = _still_absent(index, nonzero[~contains(np.unique(table.prefixes), nonzero)])
+    absent = _still_absent(index, nonzero[~contains(np.sort(table.prefixes), nonzero)])
     if absent:
         raise IndexIncomplete(f"gc stops: the index lacks {absent} blobs that snapshots need")
 

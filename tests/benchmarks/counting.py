@@ -17,8 +17,9 @@ T = TypeVar("T")
 
 
 class Counts(Counter[str]):
-    """``gets``, ``puts`` and ``scans`` of the index; ``reads`` and ``writes``: its transactions; ``fetched`` blobs; ``pack reads``;
-    ``files`` opened or read whole; ``folders`` listed."""
+    """``gets``, ``puts`` and ``scans`` of the index, ``reads`` and ``writes``: its transactions; ``fetched`` blobs;
+    ``pack reads``; ``files`` opened or read whole; ``folders`` listed.
+    """
 
     def during(self, action: Callable[[], object]) -> Counts:
         """What an action alone does."""
@@ -91,7 +92,7 @@ def _count_index(repository: Repository, counts: Counts) -> None:
         counts["writes"] += 1
         return write(lambda txn: change(_CountingTransaction(txn, counts)))
 
-    index.read, index.write = counted_read, counted_write  # type: ignore[method-assign, assignment]
+    index.read, index.write = counted_read, counted_write  # type: ignore[method-assign]
 
 
 def _count_store(repository: Repository, counts: Counts) -> None:

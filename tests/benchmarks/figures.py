@@ -33,7 +33,7 @@ class Figures:
     def take(
         self, what: str, measured: Measured, most_seconds: float | None = None, most_bytes: int | None = None
     ) -> None:
-        """Note a process, and require of it what is given: first noted, so that the table also shows what was missed."""
+        """Note a process, and require of it what is given. It is noted first, so the table shows what was missed."""
         self._rows.append(_Row(what, measured.seconds, most_seconds, measured.peak_bytes, most_bytes))
         assert most_seconds is None or measured.seconds <= most_seconds, f"{what} took {measured.seconds:.2f} s"
         assert most_bytes is None or measured.peak_bytes <= most_bytes, f"{what} took {measured.peak_bytes} bytes"

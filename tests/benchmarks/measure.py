@@ -1,9 +1,9 @@
-"""One operation on a repository as a process of its own, so that its start, its whole time and its peak memory can be measured.
+"""One operation on a repository as a process of its own, whose time and peak memory are measured from start to end.
 
     python -m tests.benchmarks.measure OPERATION REPOSITORY [ARGUMENT]
 
-``run`` is what a test calls. The child prints what the operation gave, and its own peak: the kernel's figure for ended children
-would include the memory that the parent had when it forked.
+``run`` is what a test calls. The child prints what the operation gave, and its own peak: the kernel's figure for ended
+children would include the memory that the parent had when it forked.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
     python -m tests.benchmarks.synthetic PATH --chunks 1500000 --snapshots 100
 
 Sessions, packs and the index are the real ones; only the disks are made up. Each VM has one disk, whose leaves have
-``CHUNKS_PER_LEAF`` chunks of one block, a few random bytes in it, and then zeros. So a million and a half of chunks takes 2 GB and
-a few minutes. Packs are smaller in the same proportion: there are about as many of them as in a repository of real disks, and tree
-nodes lie as far apart in them.
+``CHUNKS_PER_LEAF`` chunks of one block, a kilobyte of random bytes in each, and then zeros. So a million and a half
+of chunks takes 2 GB and a few minutes. Packs are smaller in the same proportion: there are about as many of them as
+in a repository of real disks, and tree nodes lie so far apart in them that each is read for itself.
 
-The first snapshot of a VM writes its whole disk. Each later one replaces a run of chunks in some leaves, which lie together in a
-few places, as files and databases do. Everything follows from the seed, so equal shapes give equal trees.
+The first snapshot of a VM writes its whole disk. Each later one replaces a run of chunks in some leaves, which lie
+together in a few places, as files and databases do. Everything follows from the seed: equal shapes give equal trees.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def leaf_ids(store: BlobStore, disk: DiskRecord) -> list[BlobId]:
 
 
 class _DiskWriter:
-    """Writes one disk the way the backup job does: ask for leaves, send chunks, then their leaf, at last the inner nodes."""
+    """Writes one disk as the backup job does: ask for leaves, send chunks, then their leaf, at last the inner nodes."""
 
     def __init__(self, repository: Repository, session: Session, shape: Shape, random: Random) -> None:
         self._store = repository.store
@@ -182,16 +182,16 @@ class _DiskWriter:
     def changed(self, previous: DiskRecord) -> BlobId:
         """The disk with some leaves changed. All leaves are asked for, as a backup that reads the whole disk does."""
         leaves = leaf_ids(self._store, previous)
-        for number, leaf in enumerate(leaves):
-            self._tree.set_leaf(number, leaf)
+        for number, leaf_id in enumerate(leaves):
+            self._tree.set_leaf(number, leaf_id)
         for start in range(0, len(leaves), _ASK_EVERY):
             if self._session.missing([leaf for leaf in leaves[start : start + _ASK_EVERY] if leaf != ZERO_ID]):
                 raise AssertionError("a leaf of the last snapshot is missing")
         chosen = self._choose_leaves()
         for number, data in zip(chosen, _in_order(self._store, [leaves[n] for n in chosen]), strict=True):
-            leaf = decode_node(data)
-            assert isinstance(leaf, Leaf)
-            self._change_leaf(number, leaf.extents)
+            node = decode_node(data)
+            assert isinstance(node, Leaf)
+            self._change_leaf(number, node.extents)
         return self._finish()
 
     def _choose_leaves(self) -> list[int]:

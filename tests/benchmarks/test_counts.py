@@ -1,20 +1,19 @@
-"""How costs grow, counted in steps: a small repository shows what a large one will do, in a second and without a clock."""
+"""How costs grow, counted in steps: a small repository shows what a large one will do, without a clock."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from random import Random
 
 import pytest
 
 from casbackup.block.source import open_source
-from casbackup.ids import DEFAULT_NAMESPACE, VmName, parse_disk, parse_vm
+from casbackup.ids import DEFAULT_NAMESPACE, parse_disk, parse_vm
 from casbackup.jobs.backup import BackupRequest, DiskInput, backup
 from casbackup.jobs.diff import diff_snapshots
 from casbackup.jobs.segments import DeviceSegments
-from casbackup.limits import FANOUT, SEGMENT_BYTES
+from casbackup.limits import FANOUT
 from casbackup.peer.local import LocalPeer
 from casbackup.repository.accounting import account
 from casbackup.repository.catalog import Snapshot
@@ -24,6 +23,7 @@ from casbackup.repository.repository import Repository
 from casbackup.spec.record import BlobKind
 from casbackup.units import MiB, TiB
 from tests.benchmarks.counting import Counts, counted
+from tests.benchmarks.images import scattered, write_image
 from tests.benchmarks.synthetic import Shape, add_snapshot, copy_repository, create, leaf_ids, vm_name
 
 SHAPE = Shape(chunks=15_000, snapshots=10)
@@ -63,7 +63,7 @@ def test_the_generator_makes_what_it_says(stages: dict[int, str]) -> None:
         leaves = [leaf_ids(repository.store, disk) for disk in disks]
     assert SHAPE.chunks <= chunks <= 1.05 * SHAPE.chunks
     assert nodes == FIRST_NODES + (SHAPE.snapshots - 1) * NODES_PER_CHANGE
-    for before, after in zip(leaves, leaves[1:], strict=False):
+    for before, after in pairwise(leaves):
         assert sum(a != b for a, b in zip(before, after, strict=True)) == SHAPE.leaves_per_change
 
 
@@ -105,12 +105,12 @@ def test_a_diff_reads_what_differs(stage: tuple[Repository, Counts, int]) -> Non
     repository, counts, _ = stage
     snapshots = repository.catalog.all()
     peer = LocalPeer(repository)
-    done = counts.during(lambda: diff_snapshots(peer, snapshots[-2:][0], snapshots[-1]))
+    done = counts.during(lambda: diff_snapshots(peer, snapshots[max(0, len(snapshots) - 2)], snapshots[-1]))
     assert done["fetched"] == (2 * NODES_PER_CHANGE if len(snapshots) > 1 else 0)
 
 
 def test_a_backup_does_not_depend_on_the_snapshots_of_others(stages: dict[int, str], tmp_path: Path) -> None:
-    image = _image(tmp_path / "disk.raw", 16 * MiB)
+    image = write_image(tmp_path / "disk.raw", 16 * MiB, range(0, 16 * MiB, MiB))
     done = []
     for number, path in stages.items():
         copy = str(tmp_path / str(number))
@@ -122,11 +122,11 @@ def test_a_backup_does_not_depend_on_the_snapshots_of_others(stages: dict[int, s
 
 
 def test_a_backup_reads_a_row_for_each_earlier_one_of_its_vm(tmp_path: Path) -> None:
-    image = _image(tmp_path / "disk.raw", 16 * MiB)
+    image = write_image(tmp_path / "disk.raw", 16 * MiB, range(0, 16 * MiB, MiB))
     Repository.create(str(tmp_path / "repository")).close()
     with counted(str(tmp_path / "repository")) as (repository, counts):
         done = [counts.during(lambda: _back_up(repository, image)) for _ in range(10)][1:]
-    assert all(later["gets"] - earlier["gets"] <= 1 for earlier, later in zip(done, done[1:], strict=False))
+    assert all(later["gets"] - earlier["gets"] <= 1 for earlier, later in pairwise(done))
     for later in done:
         later["gets"] = 0
         assert later == done[0] and later["fetched"] == later["files"] == 0
@@ -134,7 +134,7 @@ def test_a_backup_reads_a_row_for_each_earlier_one_of_its_vm(tmp_path: Path) -> 
 
 def test_a_sparse_image_costs_what_its_data_costs(tmp_path: Path) -> None:
     pieces = 8
-    image = _sparse_image(tmp_path / "sparse.raw", TiB, pieces)
+    image = write_image(tmp_path / "sparse.raw", TiB, scattered(TiB, pieces))
     Repository.create(str(tmp_path / "repository")).close()
     with counted(str(tmp_path / "repository")) as (repository, counts):
         made: list[Snapshot] = []
@@ -156,22 +156,7 @@ def _few(repository: Repository) -> int:
     return len(repository.store.pack_rows()) + 10
 
 
-def _back_up(repository: Repository, image: Path, vm: VmName = parse_vm("vm/1")) -> Snapshot:
+def _back_up(repository: Repository, image: Path) -> Snapshot:
     with open_source(str(image), format="raw") as device:
         disk = DiskInput(parse_disk("scsi0"), DeviceSegments(device))
-        return backup(LocalPeer(repository), BackupRequest(DEFAULT_NAMESPACE, vm, [disk]))
-
-
-def _image(path: Path, size_bytes: int) -> Path:
-    path.write_bytes(Random(1).randbytes(size_bytes))
-    return path
-
-
-def _sparse_image(path: Path, size_bytes: int, pieces: int) -> Path:
-    """So many MiB of data, each somewhere else."""
-    random = Random(2)
-    with open(path, "wb") as file:
-        file.truncate(size_bytes)
-        for segment in random.sample(range(size_bytes // SEGMENT_BYTES), pieces):
-            os.pwrite(file.fileno(), random.randbytes(MiB), segment * SEGMENT_BYTES)
-    return path
+        return backup(LocalPeer(repository), BackupRequest(DEFAULT_NAMESPACE, parse_vm("vm/1"), [disk]))

@@ -1,9 +1,10 @@
-"""Growth of cost, measured: a repository of 1.5 million chunks in 100 snapshots of one VM, and images that are mostly holes.
+"""Growth of cost, measured: 1.5 million chunks in 100 snapshots of one VM, and an image that is mostly holes.
 
     python -m pytest -m bench --timeout 3600 tests/benchmarks
 
-Every figure is that of a whole process, from its start to its end, with everything in the page cache. ``CASBACKUP_BENCH_DIR``
-names a folder that keeps the large repository between runs (3 GB); making it takes some minutes.
+Every figure is that of a whole process, from its start to its end, with everything in the page cache.
+``CASBACKUP_BENCH_DIR`` names a folder that keeps the large repository between runs (2 GB); making it takes some
+minutes.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def test_gc(large: str, work: Path, figures: Figures) -> None:
 
 
 def test_the_next_snapshot_of_a_large_disk(large: str, work: Path, figures: Figures) -> None:
-    """With 1, 10 and 100 earlier snapshots: the disk of each is asked for leaf by leaf, and a hundredth of it is sent."""
+    """With 1, 10 and 100 earlier snapshots: all leaves of the disk are asked for, a hundredth of them is sent."""
     shape = json.dumps(asdict(replace(LARGE, seed=LARGE.seed + 1)))
     best: dict[int, Measured] = {}
     for earlier in (1, 10, 100):

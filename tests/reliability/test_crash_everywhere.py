@@ -72,9 +72,7 @@ def crash_everywhere(life: Life, seeds: range, *, start: int = 0, step: int = 1)
                 life.world.return_to(life.photos[number], seed)
                 go_on(life.world, reopened(life, number), look_first=seed % 2 == 0)
             except BaseException as error:
-                error.add_note(
-                    f"after a crash (seed {seed}) before step {number}, {life.photos[number].step}"
-                )
+                error.add_note(f"after a crash (seed {seed}) before step {number}, {life.photos[number].step}")
                 raise
 
 
@@ -105,9 +103,7 @@ def crash_during_recovery(life: Life, number: int, seed: int, every: int) -> Non
             world.gc(repository)
             world.verify(repository)
         except BaseException as error:
-            error.add_note(
-                f"after crashes before step {number} and, going on, before {again}, {photos[again].step}"
-            )
+            error.add_note(f"after crashes before step {number} and, going on, before {again}, {photos[again].step}")
             raise
 
 

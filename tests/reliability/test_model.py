@@ -183,7 +183,7 @@ class Model(RuleBasedStateMachine):
                 return
             writer.process.writers.remove(writer)
             if how == "park":
-                self.parked.append((writer.session.id, writer.vm, writer.disk, self.world.clock.now_ms()))
+                self.leave(writer)
                 writer.session.park()
             else:
                 writer.session.abort()
@@ -410,12 +410,20 @@ class Model(RuleBasedStateMachine):
             self.plan[2].__exit__(None, None, None)
             self.plan = None
 
+    def leave(self, writer: Writer) -> None:
+        """A backup that can be resumed, until gc finds its last sign of life too far from what the clock says then."""
+        index = writer.process.repository.index
+        sessions = writer.process.repository.sessions
+        with type(index).read(index) as txn:
+            row = sessions.get(txn, writer.session.id)
+        if row is not None:
+            self.parked.append((writer.session.id, writer.vm, writer.disk, row.seen_ms))
+
     def bury(self, process: Process) -> None:
         """A process is gone: its backups can be resumed, its readers are no more."""
-        now_ms = self.world.clock.now_ms()
         for writer in process.writers:
             if writer.snapshot is None:
-                self.parked.append((writer.session.id, writer.vm, writer.disk, now_ms))
+                self.leave(writer)
         machine = self.world.machine
         was_off, machine.is_off = machine.is_off, True  # so that nothing is tidied up by what is dead
         for _, _, reading in process.readers:
