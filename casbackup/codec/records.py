@@ -87,6 +87,9 @@ def decode_payload(identity: BlobId, kind: int, flags: int, plain_length: int, p
         import zstandard  # noqa: PLC0415
 
         try:
+            # A damaged frame may claim any size, and zstandard would believe it.
+            if zstandard.frame_content_size(payload) != plain_length:
+                raise BlobDamaged(f"the frame of blob {identity.hex()[:16]} states another length")
             plain = _contexts.decompress(payload, plain_length)
         except zstandard.ZstdError as error:
             raise BlobDamaged(f"blob {identity.hex()[:16]} does not decompress: {error}") from error

@@ -160,17 +160,25 @@ class Catalog:
         labels: Sequence[str] | None = None,
         notes: str | None = None,
     ) -> Snapshot:
-        """Change what may change about a snapshot; None leaves a part as it is. Durable on return."""
-        sidecar = snapshot.sidecar
-        if pinned is not None:
-            sidecar = replace(sidecar, pinned=pinned)
-        if labels is not None:
-            sidecar = replace(sidecar, labels=tuple(labels))
-        if notes is not None:
-            sidecar = replace(sidecar, notes=notes)
-        with translated(f"cannot change {snapshot.reference}"):
-            write_durably(self._fs, self._layout.sidecar(snapshot.key), encode_sidecar(sidecar), replace=True)
-        return replace(snapshot, sidecar=sidecar)
+        """Change what may change about a snapshot; None leaves a part as it is. Durable on return.
+
+        The index's write transaction serves as a lock: of two changes at once neither is lost.
+        """
+        path = self._layout.sidecar(snapshot.key)
+
+        def change(_txn: Transaction) -> Sidecar:
+            sidecar = self._read_sidecar(snapshot.key)
+            if pinned is not None:
+                sidecar = replace(sidecar, pinned=pinned)
+            if labels is not None:
+                sidecar = replace(sidecar, labels=tuple(labels))
+            if notes is not None:
+                sidecar = replace(sidecar, notes=notes)
+            with translated(f"cannot change {snapshot.reference}"):
+                write_durably(self._fs, path, encode_sidecar(sidecar), replace=True)
+            return sidecar
+
+        return replace(snapshot, sidecar=self._index.write(change))
 
     def remove(self, snapshots: Iterable[Snapshot]) -> None:
         """Forget snapshots: manifest first (from then on it is gone), then sidecar, then the index's copy.

@@ -25,7 +25,7 @@ from casbackup.repository.indextable import IndexTable, contains, read_index
 from casbackup.repository.mark import Marks, configs_of, mark, roots_of
 from casbackup.repository.repository import Repository
 from casbackup.spec.indexdb import STATE_DAMAGED, PackRow, decode_entry
-from casbackup.spec.record import HEADER_BYTES
+from casbackup.spec.record import HEADER_BYTES, BlobKind
 from casbackup.store.index import Transaction
 from casbackup.workers import run_workers, worker_count
 
@@ -349,4 +349,6 @@ def _conclude(
     damage_map = DamageMap(repository, damaged)
     report.affected = damage_map.affected(snapshots)
     if not repository.read_only:
-        note_damage(repository, sorted(damaged), damage_map.suspects())
+        # Of all nodes, not only those of snapshots: a backup may be told of one that none needs any more.
+        nodes = table.ids_where(table.values["kind"] == BlobKind.NODE)
+        note_damage(repository, sorted(damaged), damage_map.suspects(nodes))

@@ -56,7 +56,7 @@ class DamageMap:
         for snapshot in snapshots:
             for disk in snapshot.manifest.disks:
                 level = level_of(disk.size_bytes)
-                if self._is_bad(disk.root, level):
+                if self._is_bad(disk.root):
                     ranges = self._ranges(disk.root, level, 0, disk.size_bytes)
                     found.append(AffectedDisk(snapshot, disk.name, tuple(merged(ranges))))
             for config in snapshot.manifest.configs:
@@ -82,18 +82,18 @@ class DamageMap:
                 yield from (extent.id for extent in decoded.extents if not extent.is_zero)
             del self._nodes[node]
 
-    def suspects(self) -> list[BlobId]:
-        """The nodes above damaged blobs, of all snapshots asked about so far."""
-        return [node for node, bad in self._bad.items() if bad and node not in self._damaged]
+    def suspects(self, nodes: Iterable[BlobId]) -> list[BlobId]:
+        """Those of ``nodes`` that have something damaged below them, but are not damaged themselves."""
+        return [node for node in nodes if node not in self._damaged and self._is_bad(node)]
 
-    def _is_bad(self, node: BlobId, level: int) -> bool:
+    def _is_bad(self, node: BlobId) -> bool:
         if node == ZERO_ID:
             return False
         if node not in self._bad:
-            self._bad[node] = self._look(node, level)
+            self._bad[node] = self._look(node)
         return self._bad[node]
 
-    def _look(self, node: BlobId, level: int) -> bool:
+    def _look(self, node: BlobId) -> bool:
         decoded = self._node(node)
         if decoded is None:
             return True
@@ -102,12 +102,12 @@ class DamageMap:
             if not bad:
                 del self._nodes[node]  # a sound leaf is not looked at again
             return bad
-        self._prefetch(decoded.children)
-        below = [self._is_bad(child, level - 1) for child in decoded.children]  # of all: each is to be known
+        self._prefetch(child for child in decoded.children if child not in self._bad)
+        below = [self._is_bad(child) for child in decoded.children]  # of all: each is to be known
         return any(below)
 
     def _ranges(self, node: BlobId, level: int, offset: int, end: int) -> Iterator[Range]:
-        if offset >= end or not self._is_bad(node, level):
+        if offset >= end or not self._is_bad(node):
             return
         decoded = self._node(node)
         if decoded is None:

@@ -3,7 +3,7 @@
     1. removals of snapshots that were cut short are made durable; sessions that nobody can resume are dropped;
     2. blobs that were marked as dying but are needed again are revived;
     3. unneeded blobs are marked as dying, with a new epoch: from now on ``missing`` names them;
-    4. dying blobs that no active session can have been told about are removed from the index;
+    4. dying blobs that no active session can have been told about, nor about a node above them, leave the index;
     5. packs with nothing left are dropped; packs with much garbage, and crowds of small ones, are rewritten first.
 
 A crash between any two steps leaves a sound repository and work for the next gc. Why no session can lose a blob is
@@ -23,6 +23,7 @@ from casbackup.errors import IndexIncomplete, RepositoryBusy
 from casbackup.ids import BlobId, PackId, SessionId
 from casbackup.limits import INDEX_BATCH_ENTRIES
 from casbackup.progress import NoProgress, Progress
+from casbackup.repository.catalog import Snapshot
 from casbackup.repository.indextable import Bools, IndexTable, Prefixes, contains, read_index
 from casbackup.repository.mark import Marks, configs_of, mark, roots_of
 from casbackup.repository.repack import repack
@@ -43,7 +44,8 @@ _SMALL_PACK = 4
 @dataclass(frozen=True, slots=True)
 class GcPlan:
     """What gc would do. ``freed_bytes`` and ``pending_bytes`` are what the execution would report if nothing changed
-    meanwhile.
+    meanwhile. ``remove_dying`` can go in any case, ``remove_if_quiet`` and what is in ``doom`` only if no backup was
+    active, or is opened or resumed meanwhile.
     """
 
     attach_number: int
@@ -51,6 +53,7 @@ class GcPlan:
     revive: list[BlobId]
     doom: list[BlobId]
     remove_dying: list[BlobId]
+    remove_if_quiet: list[BlobId]
     may_remove_doomed: bool
     drop: tuple[int, ...]
     rewrite: tuple[int, ...]
@@ -63,7 +66,8 @@ class GcPlan:
 
     @property
     def removed_blobs(self) -> int:
-        return len(self.remove_dying) + (len(self.doom) if self.may_remove_doomed else 0)
+        quiet = len(self.remove_if_quiet) + len(self.doom) if self.may_remove_doomed else 0
+        return len(self.remove_dying) + quiet
 
 
 @dataclass(slots=True)
@@ -92,18 +96,20 @@ def plan_gc(
     sessions = repository.sessions
     now_ms = repository.clock.now_ms()
     view = _view(repository)
-    expired = [row for row in view.sessions if sessions.expired(row, now_ms)]
+    expired = [row for row in view.sessions if row.id not in view.active and sessions.is_over(row, now_ms)]
     kept = [row for row in view.sessions if row not in expired]
-    # Sessions before snapshots: what a session commits in between is kept by both, never by neither.
-    backups = [row for row in kept if row.kind == SessionKind.BACKUP and sessions.is_active(row)]
+    backups = [row for row in kept if row.kind == SessionKind.BACKUP and row.id in view.active]
     table = view.table
-    needed = contains(_marked(repository, table, kept, progress or NoProgress()).prefixes, table.prefixes)
+    needed = contains(_marked(repository, view, kept, progress or NoProgress()).prefixes, table.prefixes)
     needed |= np.isin(table.values["session"], [row.number for row in kept])
     dying = table.values["epoch"] > 0
     oldest = min((row.epoch for row in backups), default=np.iinfo(np.uint32).max)
-    removable = dying & ~needed & (table.values["epoch"] < oldest)
+    garbage = dying & ~needed
     doomed = ~dying & ~needed
-    gone = removable if backups else removable | doomed
+    removable = garbage & (table.values["epoch"] < oldest)
+    if removable.any():
+        removable &= ~_held(repository, table, ~needed & ~removable)
+    gone = removable if backups else garbage | doomed
     packs = _plan_packs(repository, view, needed, gone, {row.number for row in kept}, repack_garbage)
     return GcPlan(
         attach_number=view.attach_number,
@@ -111,6 +117,7 @@ def plan_gc(
         revive=table.ids_where(dying & needed),
         doom=table.ids_where(doomed),
         remove_dying=table.ids_where(removable),
+        remove_if_quiet=table.ids_where(garbage & ~removable),
         may_remove_doomed=not backups,
         drop=tuple(packs.drop),
         rewrite=tuple(packs.rewrite),
@@ -136,7 +143,7 @@ def execute_gc(repository: Repository, plan: GcPlan, progress: Progress | None =
     _doom(repository, plan.doom)
     removable = list(plan.remove_dying)
     if plan.may_remove_doomed and _quiet(repository, plan):
-        removable += plan.doom
+        removable += plan.remove_if_quiet + plan.doom
     report.removed_blobs = _remove(repository, removable)
     if report.removed_blobs or plan.revive or plan.doom or plan.drop or plan.rewrite:
         _sweep_packs(repository, plan, report, progress or NoProgress())
@@ -148,13 +155,16 @@ def execute_gc(repository: Repository, plan: GcPlan, progress: Progress | None =
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """The repository as gc sees it. The order of reading matters: a session that begins later than the first line has
-    a number above ``last_session``, and what an ended one stored is in ``table``.
+    """The repository as gc sees it, read in the order of the fields. That matters: a session that begins later than
+    ``sessions`` was read has a number above ``last_session``. What a session stored that is not in ``active`` is in
+    ``table``, and its snapshot, if it made one, in ``snapshots``. What these need is in ``table``.
     """
 
     attach_number: int
     last_session: int
     sessions: list[SessionRow]
+    active: frozenset[SessionId]
+    snapshots: list[Snapshot]
     packs: dict[int, PackRow]
     sizes: dict[PackId, int]
     table: IndexTable
@@ -165,15 +175,28 @@ def _view(repository: Repository) -> _View:
         attach_number = repository.index.number(txn, "attach")
         last_session = repository.index.number(txn, "session")
         sessions = repository.sessions.rows(txn)
+    active = frozenset(row.id for row in sessions if repository.sessions.is_active(row))
+    snapshots = repository.catalog.all()
     packs = repository.store.pack_rows()
     sizes = {info.pack: info.size_bytes for info in repository.store.storage.list()}
-    return _View(attach_number, last_session, sessions, packs, sizes, read_index(repository.index))
+    table = read_index(repository.index)
+    return _View(attach_number, last_session, sessions, active, snapshots, packs, sizes, table)
 
 
-def _marked(repository: Repository, table: IndexTable, kept: Sequence[SessionRow], progress: Progress) -> Marks:
+def _held(repository: Repository, table: IndexTable, staying: Bools) -> Bools:
+    """Rows below garbage nodes that stay in the index for now.
+
+    A session may have been told of such a node and so of all below it, however old the marks of these are: the node may
+    have been stored, or marked, after them.
+    """
+    nodes = table.ids_where(staying & (table.values["kind"] == BlobKind.NODE))
+    return contains(mark(repository.store, nodes).prefixes, table.prefixes)
+
+
+def _marked(repository: Repository, view: _View, kept: Sequence[SessionRow], progress: Progress) -> Marks:
     """Mark what snapshots, readers and the nodes of sessions need."""
+    table, snapshots = view.table, view.snapshots
     own = (table.values["kind"] == BlobKind.NODE) & np.isin(table.values["session"], [row.number for row in kept])
-    snapshots = repository.catalog.all()
     pins = [pin for row in kept for pin in row.pins]
     entries = repository.store.entries(pins)
     pinned_nodes = [pin for pin in pins if pin in entries and entries[pin].kind == BlobKind.NODE]

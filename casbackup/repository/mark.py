@@ -14,6 +14,7 @@ from casbackup.ids import ZERO_ID, BlobId
 from casbackup.repository.catalog import Snapshot
 from casbackup.repository.indextable import Prefixes
 from casbackup.spec.node import EXTENT_BYTES, INNER, LEAF, NODE_HEADER_BYTES, Inner, decode_node
+from casbackup.spec.outline import HEADER_BYTES, decode_children, decode_head
 from casbackup.store.blobstore import BlobStore
 
 _BATCH = 1024
@@ -48,7 +49,9 @@ def mark(
 ) -> Marks:
     """Mark ``roots`` (tree nodes) with all below them, and ``others`` by themselves.
 
-    A node's bytes are verified against its id. One that cannot be read is listed, and nothing below it is marked.
+    A node's bytes are verified against its id. One that cannot be read is listed; what is below it is marked as its
+    outline says, if the index has one: the node may come back, from a copy or a later backup, and then all below it
+    must be there.
     ``visited`` hears how many nodes each step visited.
     """
     collected = _Prefixes()
@@ -69,6 +72,7 @@ def mark(
                 frontier += _visit(decode_record(record), collected)
             except DataDamage as damage:
                 result.unreadable[node] = damage
+                frontier += _below_lost(store, node, collected)
         if visited is not None:
             visited(len(batch))
     result.nodes = len(seen)
@@ -86,6 +90,20 @@ def _visit(plain: Buffer, collected: _Prefixes) -> list[BlobId]:
     node = decode_node(plain)
     assert isinstance(node, Inner) and plain[0] == INNER
     return [child for child in dict.fromkeys(node.children) if child != ZERO_ID]
+
+
+def _below_lost(store: BlobStore, node: BlobId, collected: _Prefixes) -> list[BlobId]:
+    with store.index.read() as txn:
+        outline = txn.get(node, db=store.index.outlines)
+    if outline is None:
+        return []
+    outline = bytes(outline)
+    kind, _ = decode_head(outline)
+    if kind == INNER:
+        return decode_children(outline)
+    # 16 bytes for each chunk: the first 8 of its id, then its sizes.
+    collected.add(np.frombuffer(outline, "<u8", offset=HEADER_BYTES).reshape(-1, 2)[:, 0])
+    return []
 
 
 class _Prefixes:

@@ -15,17 +15,25 @@ import os
 import shutil
 from dataclasses import dataclass, field
 
-from casbackup.errors import ConfigDamaged, PackDamaged
+from casbackup.codec.records import decode_record
+from casbackup.errors import ConfigDamaged, DataDamage, PackDamaged
 from casbackup.fs import FileSystem, RealFileSystem, translated, write_durably
+from casbackup.ids import ZERO_ID, BlobId
 from casbackup.progress import NoProgress, Progress
+from casbackup.repository.indextable import read_index
 from casbackup.repository.layout import Layout
 from casbackup.repository.repository import lock_repository, read_config, read_config_bytes
 from casbackup.spec.config import RepositoryConfig, decode_config
-from casbackup.spec.indexdb import BlobEntry, PackRow, pack_key
-from casbackup.spec.record import RecordHeader
+from casbackup.spec.indexdb import STATE_SUSPECT, BlobEntry, PackRow, pack_key
+from casbackup.spec.node import Inner, decode_node
+from casbackup.spec.record import BlobKind, RecordHeader
+from casbackup.store.blobstore import BlobStore
 from casbackup.store.index import Index, Transaction
 from casbackup.store.packfile import headers, read_footer
 from casbackup.store.packstorage import FolderPackStorage, PackInfo
+
+_NODES = 2048
+"""Tree nodes that are read at once."""
 
 
 @dataclass(slots=True)
@@ -80,8 +88,50 @@ def _fill(fs: FileSystem, layout: Layout, config: RepositoryConfig, report: Rebu
             _add_pack(index, storage, info, report)
             progress.advance(done=info.size_bytes)
         progress.finish()
+        _distrust_incomplete(index, storage)
     finally:
         index.close()
+
+
+def _distrust_incomplete(index: Index, storage: FolderPackStorage) -> None:
+    """Mark as suspect each tree node that lacks something below it.
+
+    Packs keep records that gc has removed from the index until it rewrites them, so a node may have come back whose
+    chunks have not. ``missing`` must not vouch for such a node: a backup would leave out what is below it.
+    """
+    store = BlobStore(index, storage)
+    table = read_index(index)
+    nodes = table.ids_where(table.values["kind"] == BlobKind.NODE)
+    sound: set[BlobId] = set()
+    inner: list[tuple[int, BlobId, list[BlobId]]] = []
+    for start in range(0, len(nodes), _NODES):
+        leaves: dict[BlobId, list[BlobId]] = {}
+        for node, record in store.fetch(nodes[start : start + _NODES]):
+            try:
+                if isinstance(record, DataDamage):
+                    raise record
+                decoded = decode_node(decode_record(record))
+            except DataDamage:
+                continue
+            if isinstance(decoded, Inner):
+                inner.append((decoded.level, node, decoded.children))
+            else:
+                leaves[node] = [extent.id for extent in decoded.extents if not extent.is_zero]
+        present = store.entries({chunk for chunks in leaves.values() for chunk in chunks}).keys()
+        sound.update(node for node, chunks in leaves.items() if present >= set(chunks))
+    for _, node, children in sorted(inner, key=lambda item: item[0]):
+        if all(child == ZERO_ID or child in sound for child in children):
+            sound.add(node)
+    suspects = [node for node in nodes if node not in sound]
+
+    entries = store.entries(suspects)
+
+    def change(txn: Transaction) -> None:
+        for node in suspects:
+            entry = entries[node]
+            txn.put(node, entry._replace(state=entry.state | STATE_SUSPECT).encode(), db=index.blobs)
+
+    index.write(change)
 
 
 def _add_pack(index: Index, storage: FolderPackStorage, info: PackInfo, report: RebuildReport) -> None:

@@ -119,7 +119,14 @@ def _empty_damaged_packs(
     entries = repository.store.entries(damaged)
     numbers = {entry.pack for entry in entries.values() if entry.pack != NO_PACK}
     rows = repository.store.pack_rows()
-    packs = {number: rows[number] for number in sorted(numbers) if number in rows}
+    with repository.index.read() as txn:
+        unfinished = {row.number for row in repository.sessions.rows(txn)}
+    packs: dict[int, PackRow] = {}
+    for number in sorted(numbers & rows.keys()):
+        if rows[number].session in unfinished:
+            report.notes.append(f"pack {rows[number].pack} belongs to a backup that is not finished and stays for now")
+        else:
+            packs[number] = rows[number]
     if packs:
         outcome = repack(repository, read_index(repository.index), packs, progress)
         report.moved_blobs = outcome.moved_blobs

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgpack
 
 from casbackup.codec.records import decode_record
-from casbackup.errors import CasbackupError, ClosureViolation, SessionBusy, SessionNotFound
+from casbackup.errors import CasbackupError, ClosureViolation, SessionBusy, SessionNotFound, SnapshotNotFound
 from casbackup.fs import FileLock, translated, write_durably
 from casbackup.ids import ZERO_ID, BlobId, Namespace, SessionId, VmName, new_session_id
 from casbackup.repository.catalog import Snapshot, read_copy, store_copy
@@ -172,8 +172,11 @@ class Sessions:
 
         One seen last in the future counts as well: while a clock was wrong nothing may be pinned for years.
         """
-        of_no_use = row.kind != SessionKind.BACKUP or abs(now_ms - row.seen_ms) > LEASE_S * 1000
-        return of_no_use and not self.is_active(row)
+        return self.is_over(row, now_ms) and not self.is_active(row)
+
+    def is_over(self, row: SessionRow, now_ms: int) -> bool:
+        """``expired``, if it is not active."""
+        return row.kind != SessionKind.BACKUP or abs(now_ms - row.seen_ms) > LEASE_S * 1000
 
     def _lock(self, session_id: SessionId) -> FileLock:
         repository = self._repository
@@ -417,6 +420,9 @@ def reading(repository: Repository, snapshot: Snapshot) -> Iterator[None]:
         snapshot.manifest.namespace, snapshot.manifest.vm, kind=SessionKind.READER, pins=roots
     )
     try:
+        # A gc that does not see the pins has listed the snapshots before: this one among them, if it is still there.
+        if repository.catalog.get(snapshot.key) is None:
+            raise SnapshotNotFound(f"{snapshot.reference} was forgotten a moment ago")
         yield
     finally:
         session.abort()

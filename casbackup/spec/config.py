@@ -20,9 +20,7 @@ OLDEST_FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class ChunkerConfig:
-    """Parameters of the ``block-sample`` chunker; the tree's format does not depend on them (DESIGN: any extents are
-    legal).
-    """
+    """Parameters of the ``block-sample`` chunker. The tree's format does not depend on them: any extents are legal."""
 
     name: str = "block-sample"
     min_blocks: int = 4

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import lmdb
 
-from casbackup.errors import IndexDamaged, IndexFull, IndexMissing, RepositoryFull, RepositoryReadOnly
+from casbackup.errors import IndexDamaged, IndexFull, IndexMissing, RepositoryBusy, RepositoryFull, RepositoryReadOnly
 from casbackup.limits import INITIAL_INDEX_MAP_BYTES, MAX_INDEX_BYTES
 from casbackup.spec.indexdb import DATABASES
 
@@ -221,6 +221,8 @@ def _translated(error: lmdb.Error, path: str) -> Exception:
     text = str(error)
     if "No space left" in text or "Disk quota" in text:
         return RepositoryFull(f"cannot write to the index {path}: no space left")
+    if isinstance(error, lmdb.ReadersFullError):
+        return RepositoryBusy(f"too many processes read the index {path} at once")
     if isinstance(error, lmdb.ReadonlyError) or "Permission denied" in text or "Read-only file system" in text:
         return RepositoryReadOnly(f"cannot open or write the index {path}: {text}")
     return IndexDamaged(f"LMDB cannot use the index {path}: {text}")

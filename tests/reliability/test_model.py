@@ -45,7 +45,9 @@ VMS = [VmName("vm/1"), VmName("vm/2")]
 Disk = tuple[int, ...]
 """Which of the leaves each segment of a disk is."""
 
-DISKS: list[Disk] = [(0,), (1,), (0, 1), (2, 3), (0, 1, 4), (5, 5), (4, 2), (3,)]
+DISKS: list[Disk] = [(0,), (1,), (0, 1), (2, 3), (0, 1, 4), (5, 5)]
+THRESHOLDS = st.sampled_from([0.01, 0.25, 2.0])
+JUMPS = [1, 3600, 2 * LEASE_S, 315_360_000, -1, -3600, -315_360_000]
 
 
 def leaf_record(number: int) -> Record:
@@ -138,8 +140,8 @@ class Model(RuleBasedStateMachine):
             self.check_all()
             repository = self.processes[0].repository
             self.world.clock.pass_time(2 * LEASE_S)
-            self.collect(repository)
-            self.collect(repository)
+            self.collect(0)
+            self.collect(0)
             self.check_all()
             if not self.kept:
                 assert list(repository.store.storage.list()) == [], "all garbage goes in the end"
@@ -148,42 +150,36 @@ class Model(RuleBasedStateMachine):
 
     # --- things that happen
 
-    @rule(who=st.integers(0, 1), vm=st.sampled_from(VMS), disk=st.sampled_from(DISKS))
-    def open(self, who: int, vm: VmName, disk: Disk) -> None:
-        def action() -> None:
-            process = self.processes[who]
-            if len(process.writers) < 3:
-                session = process.repository.sessions.open(DEFAULT_NAMESPACE, vm)
-                process.writers.append(Writer(process, session, vm, disk))
+    @rule(who=st.integers(0, 1), vm=st.sampled_from(VMS), disk=st.sampled_from(DISKS), steps=st.integers(0, 3))
+    def begin(self, who: int, vm: VmName, disk: Disk, steps: int) -> None:
+        self.happen(lambda: self.begin_backup(who, vm, disk, steps))
 
-        self.happen(action)
+    @precondition(lambda self: self.writers())
+    @rule(which=st.integers(0, 9), steps=st.integers(1, 4))
+    def go_on(self, which: int, steps: int) -> None:
+        self.happen(lambda: self.advance(which, steps))
 
-    @rule(who=st.integers(0, 1), which=st.integers(0, 2), steps=st.integers(1, 12))
-    def go_on(self, who: int, which: int, steps: int) -> None:
-        self.happen(lambda: self.advance(who, which, steps))
+    @precondition(lambda self: self.writers())
+    @rule(which=st.integers(0, 9))
+    def finish(self, which: int) -> None:
+        self.happen(lambda: self.advance(which, 100))
 
     @rule(who=st.integers(0, 1), vm=st.sampled_from(VMS), disk=st.sampled_from(DISKS))
     def back_up(self, who: int, vm: VmName, disk: Disk) -> None:
-        def action() -> None:
-            process = self.processes[who]
-            session = process.repository.sessions.open(DEFAULT_NAMESPACE, vm)
-            process.writers.append(Writer(process, session, vm, disk))
-            self.advance(who, len(process.writers) - 1, 100)
+        self.happen(lambda: self.begin_backup(who, vm, disk, 100))
 
-        self.happen(action)
-
-    @rule(who=st.integers(0, 1), which=st.integers(0, 2), how=st.sampled_from(["flush", "park", "abort"]))
-    def interrupt(self, who: int, which: int, how: str) -> None:
+    @precondition(lambda self: self.writers())
+    @rule(which=st.integers(0, 9), how=st.sampled_from(["flush", "park", "park", "abort"]))
+    def interrupt(self, which: int, how: str) -> None:
         def action() -> None:
-            writer = self.writer(who, which)
-            if writer is None:
-                return
+            writer = self.writers()[which % len(self.writers())]
             if how == "flush":
                 writer.session.flush()
                 return
-            writer.process.writers.remove(writer)
             if how == "park":
                 self.leave(writer)
+            writer.process.writers.remove(writer)
+            if how == "park":
                 writer.session.park()
             else:
                 writer.session.abort()
@@ -194,8 +190,6 @@ class Model(RuleBasedStateMachine):
     @rule(who=st.integers(0, 1), which=st.integers(0, 5), disk=st.none() | st.sampled_from(DISKS))
     def resume(self, who: int, which: int, disk: Disk | None) -> None:
         def action() -> None:
-            if not self.parked:
-                return
             session_id, vm, old_disk, since_ms = self.parked.pop(which % len(self.parked))
             process = self.processes[who]
             try:
@@ -213,23 +207,24 @@ class Model(RuleBasedStateMachine):
     def forget(self, which: int, who: int) -> None:
         self.happen(lambda: self.forget_one(which, who))
 
-    @precondition(lambda self: self.kept)
+    @precondition(lambda self: self.kept and not any(process.readers for process in self.processes))
     @rule(which=st.integers(0, 9), who=st.integers(0, 1))
     def begin_reading(self, which: int, who: int) -> None:
         self.happen(lambda: self.begin_to_read(which, who))
 
+    @precondition(lambda self: any(process.readers for process in self.processes))
     @rule(who=st.integers(0, 1))
     def finish_reading(self, who: int) -> None:
         self.happen(lambda: self.go_on_reading(self.processes[who]))
 
-    @rule(seconds=st.sampled_from([1, 3600, 2 * LEASE_S, 315_360_000, -1, -3600, -315_360_000]))
-    def jump(self, seconds: int) -> None:
-        self.world.clock.jump(seconds)
-
     # --- gc
 
+    @rule(who=st.integers(0, 1), threshold=THRESHOLDS, data=st.data())
+    def gc(self, who: int, threshold: float, data: st.DataObject) -> None:
+        self.happen(lambda: self.collect(who, threshold), self.interference(data))
+
     @precondition(lambda self: self.plan is None)
-    @rule(who=st.integers(0, 1), threshold=st.sampled_from([0.01, 0.25, 2.0]), data=st.data())
+    @rule(who=st.integers(0, 1), threshold=THRESHOLDS, data=st.data())
     def plan_gc(self, who: int, threshold: float, data: st.DataObject) -> None:
         def action() -> None:
             process = self.processes[who]
@@ -259,29 +254,26 @@ class Model(RuleBasedStateMachine):
 
         self.happen(action, self.interference(data))
 
-    @precondition(lambda self: self.plan is None)
-    @rule(who=st.integers(0, 1))
-    def gc(self, who: int) -> None:
-        self.happen(lambda: self.collect(self.processes[who].repository))
-
     # --- failures
 
-    @rule(seed=st.integers(0, 30))
-    def crash(self, seed: int) -> None:
-        self.restart(seed)
+    @rule(what=st.sampled_from(["jump", "jump", "crash", "crash soon", "kill"]), n=st.integers(0, 30))
+    def disaster(self, what: str, n: int) -> None:
+        if what == "jump":
+            self.world.clock.jump(JUMPS[n % len(JUMPS)])
+        elif what == "crash":
+            self.restart(n)
+        elif what == "crash soon":
+            self.world.machine.crash_at(len(self.world.machine.log) + 1 + n)
+        else:
+            self.kill(n % 2)
 
-    @rule(ahead=st.integers(1, 25))
-    def crash_soon(self, ahead: int) -> None:
-        self.world.machine.crash_at(len(self.world.machine.log) + ahead)
-
-    @rule(who=st.integers(0, 1))
     def kill(self, who: int) -> None:
         process = self.processes[who]
         if self.plan is not None and self.plan[0] is process:
             self.plan = None
         process.repository.fs.kill()  # type: ignore[attr-defined]
-        process.repository.index.close()
         self.bury(process)
+        process.repository.index.close()
         self.happen(lambda: self.processes.__setitem__(who, Process(self.world.open())))
 
     # --- what must be true
@@ -322,11 +314,13 @@ class Model(RuleBasedStateMachine):
     def interference(self, data: st.DataObject) -> Callable[[], None]:
         """What others do in the middle of something: small actions, each after some number of chances."""
         actions: dict[str, Callable[[int], None]] = {
-            "advance": lambda n: self.advance(n % 2, n // 2 % 3, 1 + n // 6),
+            "advance": lambda n: self.advance(n, 1 + n % 4),
+            "finish": lambda n: self.advance(n, 100),
             "forget": lambda n: self.forget_one(n, n % 2),
             "read": lambda n: self.begin_to_read(n, n % 2),
             "stop reading": lambda n: self.go_on_reading(self.processes[n % 2]),
-            "back up": self.whole_backup,
+            "begin": lambda n: self.begin_backup(n % 2, VMS[n // 2 % 2], DISKS[n % len(DISKS)], n % 4),
+            "back up": lambda n: self.begin_backup(n % 2, VMS[n // 2 % 2], DISKS[n % len(DISKS)], 100),
         }
         one = st.tuples(st.integers(0, 15), st.sampled_from(sorted(actions)), st.integers(0, 30))
         planned = data.draw(st.lists(one, max_size=6), label="meanwhile")
@@ -347,21 +341,20 @@ class Model(RuleBasedStateMachine):
 
         return meanwhile
 
-    def whole_backup(self, n: int) -> None:
-        process = self.processes[n % 2]
-        vm = VMS[n // 2 % 2]
-        session = process.repository.sessions.open(DEFAULT_NAMESPACE, vm)
-        process.writers.append(Writer(process, session, vm, DISKS[n % len(DISKS)]))
-        self.advance(n % 2, len(process.writers) - 1, 100)
+    def writers(self) -> list[Writer]:
+        return [writer for process in self.processes for writer in process.writers]
 
-    def writer(self, who: int, which: int) -> Writer | None:
-        writers = self.processes[who].writers
-        return writers[which % len(writers)] if writers else None
+    def begin_backup(self, who: int, vm: VmName, disk: Disk, steps: int) -> None:
+        process = self.processes[who]
+        if len(self.writers()) < 4:
+            session = process.repository.sessions.open(DEFAULT_NAMESPACE, vm)
+            process.writers.append(Writer(process, session, vm, disk))
+            self.advance(self.writers().index(process.writers[-1]), steps)
 
-    def advance(self, who: int, which: int, steps: int) -> None:
-        writer = self.writer(who, which)
-        if writer is None:
+    def advance(self, which: int, steps: int) -> None:
+        if not self.writers():
             return
+        writer = self.writers()[which % len(self.writers())]
         self.unsure.append(writer.disk)
         for _ in range(steps):
             if not writer.step():
@@ -398,12 +391,12 @@ class Model(RuleBasedStateMachine):
             assert read_disk(process.repository, snapshot) == expected(disk), "lost while it was read"
             reading.__exit__(None, None, None)
 
-    def collect(self, repository: Repository) -> None:
-        if self.plan is not None:
-            return
-        with repository.maintenance():
-            execute_gc(repository, plan_gc(repository))
-        self.collected_ms.append(self.world.clock.now_ms())
+    def collect(self, who: int, threshold: float = 0.25) -> None:
+        if self.plan is None:
+            repository = self.processes[who].repository
+            with repository.maintenance():
+                execute_gc(repository, plan_gc(repository, repack_garbage=threshold))
+            self.collected_ms.append(self.world.clock.now_ms())
 
     def drop_plan(self) -> None:
         if self.plan is not None:
