@@ -56,18 +56,14 @@ class Accounting:
     plain_by_set: dict[int, int] = field(default_factory=dict)
     referenced_bytes: int = 0
     """Plain bytes of non-zero disk content, counted once for every snapshot that has it."""
+    _table: _SetTable | None = field(default=None, init=False, repr=False, compare=False)
 
     def usage(self, members: Iterable[Snapshot]) -> Usage:
-        """What a group of snapshots costs."""
+        """What a group of snapshots costs. The sums must not change after the first question."""
+        if self._table is None:
+            self._table = _SetTable(self)
         group = list(members)
-        wanted = self._bits(group)
-        stored = unique = plain = 0
-        for bits, size in self.stored_by_set.items():
-            if bits & wanted:
-                stored += size
-                plain += self.plain_by_set.get(bits, 0)
-                if not bits & ~wanted:
-                    unique += size
+        plain, stored, unique = self._table.sums([snapshot.id for snapshot in group])
         return Usage(sum(s.manifest.size_bytes for s in group), plain, stored, unique)
 
     def total(self) -> Usage:
@@ -88,12 +84,25 @@ class Accounting:
         stored = sum(self.stored_by_set.values())
         return sum(self.plain_by_set.values()) / stored if stored else 1.0
 
-    def _bits(self, group: Iterable[Snapshot]) -> int:
-        number: dict[SnapshotId, int] = {s.id: i for i, s in enumerate(self.snapshots)}
-        bits = 0
-        for snapshot in group:
-            bits |= 1 << number[snapshot.id]
-        return bits
+
+class _SetTable:
+    """The sums as arrays, a row a set: there may be thousands of sets, and a question for each of as many snapshots."""
+
+    def __init__(self, sums: Accounting) -> None:
+        self._number: dict[SnapshotId, int] = {s.id: i for i, s in enumerate(sums.snapshots)}
+        self._row_bytes = 8 * (len(sums.snapshots) // 64 + 1)
+        rows = b"".join([bits.to_bytes(self._row_bytes, "little") for bits in sums.stored_by_set])
+        self._members = np.frombuffer(rows, np.uint64).reshape(-1, self._row_bytes // 8)
+        self._stored = np.array(list(sums.stored_by_set.values()), np.int64)
+        self._plain = np.array([sums.plain_by_set.get(bits, 0) for bits in sums.stored_by_set], np.int64)
+
+    def sums(self, group: Iterable[SnapshotId]) -> tuple[int, int, int]:
+        """Plain and stored bytes of the sets with members in ``group``; stored bytes of those with no others."""
+        bits = sum({1 << self._number[snapshot] for snapshot in group})
+        wanted = np.frombuffer(bits.to_bytes(self._row_bytes, "little"), np.uint64)
+        inside = (self._members & wanted).any(axis=1)
+        only = inside & ~(self._members & ~wanted).any(axis=1)
+        return int(self._plain[inside].sum()), int(self._stored[inside].sum()), int(self._stored[only].sum())
 
 
 def account(repository: Repository, snapshots: Sequence[Snapshot] | None = None) -> Accounting:
@@ -143,7 +152,7 @@ class _Sums:
         prefixes = np.ascontiguousarray(chunks["prefix"])
         order = _grouping_order(prefixes)
         prefixes, groups = prefixes[order], groups[order]
-        first = np.flatnonzero(np.concatenate(([True], prefixes[1:] != prefixes[:-1])))
+        first = _run_starts(prefixes)
         lowest, highest = np.minimum.reduceat(groups, first).astype(np.int64), np.maximum.reduceat(groups, first)
         self._unite(lowest != highest, first, groups, lowest, sets)
         chunks = chunks[order[first]]
@@ -170,10 +179,11 @@ class _Sums:
         numbers = np.frombuffer(blake3(b"groups").digest(length=8 * len(sets)), np.uint64)
         rows = np.flatnonzero(mixed)
         sums = np.add.reduceat(numbers[groups], first)[rows]
-        _, samples, kinds = np.unique(sums, return_index=True, return_inverse=True)
+        order = _grouping_order(sums)
+        starts = _run_starts(sums[order])
         ends = np.append(first[1:], len(groups))
         united: list[int] = []
-        for row in rows[samples].tolist():
+        for row in rows[order[starts]].tolist():
             bits = 0
             for group in set(groups[first[row] : ends[row]].tolist()):
                 bits |= sets[group]
@@ -181,7 +191,7 @@ class _Sums:
                 known[bits] = len(sets)
                 sets.append(bits)
             united.append(known[bits])
-        result[rows] = np.array(united, np.int64)[kinds]
+        result[rows[order]] = np.repeat(np.array(united, np.int64), np.diff(starts, append=len(order)))
 
     def _add_references(
         self, chunks: npt.NDArray[np.void], groups: npt.NDArray[np.uint32], sets: Sequence[int]
@@ -205,11 +215,16 @@ def _grouping_order(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
     confused = np.flatnonzero(((packed[1:] ^ packed[:-1]) <= low) & (found[1:] != found[:-1]))
     if len(confused) > _FEW:
         return np.argsort(numbers)
-    for high in np.unique(packed[confused] & ~low):
+    for high in {number & ~low for number in packed[confused]}:
         start, end = np.searchsorted(packed, high), np.searchsorted(packed, high | low, "right")
         part = order[start:end]
         order[start:end] = part[np.argsort(numbers[part])]
     return order
+
+
+def _run_starts(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Where in ``numbers``, equal ones side by side, each different one begins."""
+    return np.flatnonzero(np.concatenate(([True], numbers[1:] != numbers[:-1]))[: len(numbers)])
 
 
 def _descend(repository: Repository, by_level: dict[int, dict[BlobId, int]], sums: _Sums) -> None:

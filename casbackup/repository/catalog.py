@@ -102,8 +102,9 @@ class Catalog:
                     data = self._read_manifest(key)
                     if data is None:
                         continue
-                    fresh.append((key, data))
                 found.append(self._snapshot(key, data, has_sidecar))
+                if copies[key] is None:
+                    fresh.append((key, data))
             except ManifestDamaged as error:
                 damaged.append(error)
         self._remember(fresh)

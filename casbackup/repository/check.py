@@ -86,6 +86,7 @@ def check(repository: Repository, options: CheckOptions | None = None, progress:
     """
     options, progress = options or CheckOptions(), progress or NoProgress()
     report = CheckReport()
+    _check_config(repository, report)
     snapshots = _check_manifests(repository, report)
     # Snapshots are listed before the index is read: what they need was in the index before they were committed.
     marks = _check_trees(repository, snapshots, report, progress)
@@ -96,6 +97,14 @@ def check(repository: Repository, options: CheckOptions | None = None, progress:
         damaged |= _read_data(repository, table, options, report, progress)
     _conclude(repository, table, marks, snapshots, damaged, report)
     return report
+
+
+def _check_config(repository: Repository, report: CheckReport) -> None:
+    """config.json and its copy were written with the same bytes; a difference is damage to one of them."""
+    layout = repository.layout
+    copy = repository.fs.read(layout.config_backup) if repository.fs.exists(layout.config_backup) else b""
+    if repository.fs.read(layout.config) != copy:
+        report.damage(layout.config, "differs from its copy config.json.backup; put back the one that is right")
 
 
 def _check_manifests(repository: Repository, report: CheckReport) -> list[Snapshot]:

@@ -6,7 +6,8 @@ The same text lies beside it as ``config.json.backup``.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from casbackup.errors import ConfigDamaged, MigrationNeeded, UnsupportedFormat
@@ -29,6 +30,7 @@ class ChunkerConfig:
     zero_run_blocks: int = 4
 
     def __post_init__(self) -> None:
+        _require_types(self)
         if self.name != "block-sample":
             raise ValueError(f"chunker {self.name!r} is unknown")
         if not 1 <= self.min_blocks <= self.max_blocks <= SEGMENT_BLOCKS:
@@ -53,10 +55,22 @@ class RepositoryConfig:
     pack_bytes: int = PACK_BYTES
 
     def __post_init__(self) -> None:
+        _require_types(self)
+        if not re.fullmatch("[0-9a-f]{32}", self.repository_id):
+            raise ValueError(f"repository id {self.repository_id!r} has not 32 hexadecimal digits")
         if not -7 <= self.compression_level <= 19:
             raise ValueError(f"compression level {self.compression_level} is out of range")
         if not 2**20 <= self.pack_bytes <= 2**30:
             raise ValueError(f"a pack size of {self.pack_bytes} bytes is out of range")
+
+
+def _require_types(config: ChunkerConfig | RepositoryConfig) -> None:
+    """JSON can hold anything anywhere."""
+    expected = {"int": int, "str": str, "ChunkerConfig": ChunkerConfig}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if type(value) is not expected[str(item.type)]:
+            raise TypeError(f"{item.name} is {value!r}")
 
 
 def encode_config(config: RepositoryConfig) -> bytes:
@@ -93,6 +107,6 @@ def format_of(data: bytes, origin: str) -> int:
         number = content["format"] if content["casbackup"] == "repository" else None
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigDamaged(f"{origin} is not understood: {error}") from error
-    if not isinstance(number, int) or number < 0:
+    if type(number) is not int or number < 0:
         raise ConfigDamaged(f"{origin} names no format")
     return number

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import msgpack
 from blake3 import blake3
 
-from casbackup.errors import ManifestDamaged
+from casbackup.errors import InvalidName, ManifestDamaged
 from casbackup.ids import (
     ID_BYTES,
     BlobId,
@@ -132,7 +132,7 @@ def decode_manifest(data: bytes, origin: str) -> tuple[Manifest, SnapshotId]:
     try:
         body = msgpack.unpackb(data[_HEADER.size : -_CHECKSUM_BYTES])
         manifest = _from_map(body)
-    except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, KeyError, InvalidName, msgpack.UnpackException) as error:
         raise ManifestDamaged(f"manifest {origin} is not understood: {error}") from error
     return manifest, SnapshotId(blake3(data).hexdigest())
 
@@ -149,7 +149,7 @@ def decode_sidecar(data: bytes, origin: str) -> Sidecar:
         labels = None if content["labels"] is None else tuple(_typed(label, str) for label in content["labels"])
         notes = None if content["notes"] is None else _typed(content["notes"], str)
         return Sidecar(_typed(content["pinned"], bool), labels, notes)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ManifestDamaged(f"{origin} is not understood: {error}") from error
 
 
@@ -172,7 +172,7 @@ def _to_map(manifest: Manifest) -> dict[str, Any]:
 
 
 def _from_map(body: Mapping[str, Any]) -> Manifest:
-    parent = body["parent"]
+    parent, stats = body["parent"], _typed(body["stats"], dict)
     return Manifest(
         namespace=parse_namespace(_typed(body["namespace"], str)),
         vm=parse_vm(_typed(body["vm"], str)),
@@ -185,7 +185,7 @@ def _from_map(body: Mapping[str, Any]) -> Manifest:
         notes=_typed(body["notes"], str),
         host=_typed(body["host"], str),
         program=_typed(body["program"], str),
-        stats=BackupStats(**{name: _typed(body["stats"].get(name, 0), int) for name in BackupStats.__slots__}),
+        stats=BackupStats(**{name: _typed(stats.get(name, 0), int) for name in BackupStats.__slots__}),
     )
 
 

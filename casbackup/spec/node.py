@@ -93,12 +93,16 @@ def _decode_leaf(body: memoryview, count: int, span: int) -> Leaf:
     if sum(e.length for e in extents) != span or not 0 < span <= SEGMENT_BYTES:
         raise NodeInvalid("the extents of a leaf do not add up to its span")
     previous_zero = False
+    continuing = b"", 0
     for extent in extents:
         zero = extent.id == _ZERO
+        if (extent.id, extent.skip) == continuing:
+            raise NodeInvalid("a leaf holds a slice that continues the one before")
         too_long = extent.skip + extent.length > MAX_BLOB_BYTES
         if extent.length == 0 or too_long or (zero and (previous_zero or extent.skip)):
             raise NodeInvalid("a leaf holds an impossible extent")
         previous_zero = zero
+        continuing = extent.id, extent.skip + extent.length
     if previous_zero and count == 1:
         raise NodeInvalid("an all-zero leaf is not stored")
     return Leaf(span, extents)

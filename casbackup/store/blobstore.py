@@ -129,20 +129,22 @@ class BlobStore:
                 vanished += [location.id for location in run]
                 continue
             except (PackDamaged, OSError) as error:
-                yield from self._one_by_one(run, error)
+                yield from self._one_by_one(run, error, vanished)
                 continue
             view = memoryview(data)
             for location in run:
                 start = location.offset - run[0].offset
                 yield location.id, _parsed(location, view[start : start + location.end - location.offset])
 
-    def _one_by_one(self, run: Sequence[Location], error: Exception) -> Iterator[Fetched]:
+    def _one_by_one(self, run: Sequence[Location], error: Exception, vanished: list[BlobId]) -> Iterator[Fetched]:
         """A read over several records failed: find out which of them it was."""
         for location in run:
             try:
                 data = self.storage.read(location.pack, location.offset, location.end - location.offset)
                 yield location.id, _parsed(location, memoryview(data))
-            except (PackDamaged, OSError, KeyError) as own:
+            except KeyError:
+                vanished.append(location.id)
+            except (PackDamaged, OSError) as own:
                 reason = own if len(run) > 1 else error
                 yield location.id, BlobDamaged(f"blob {location.id.hex()[:16]} cannot be read: {reason}")
 

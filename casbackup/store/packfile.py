@@ -61,7 +61,12 @@ def read_header(storage: PackStorage, pack: PackId) -> spec.PackHeader | None:
 
 def read_footer(storage: PackStorage, pack: PackId) -> list[spec.PackEntry] | None:
     """The verified listing of a sealed pack; None when it was never sealed or the footer is damaged."""
-    size = storage.size_bytes(pack)
+    found = _footer(storage, pack, storage.size_bytes(pack))
+    return None if found is None else list(spec.parse_entries(found[1]))
+
+
+def _footer(storage: PackStorage, pack: PackId, size: int) -> tuple[int, bytes] | None:
+    """Where the verified footer begins, and its listing."""
     if size < spec.HEADER_BYTES + spec.TRAILER_BYTES:
         return None
     tail = storage.read(pack, size - spec.TRAILER_BYTES, spec.TRAILER_BYTES)
@@ -69,21 +74,23 @@ def read_footer(storage: PackStorage, pack: PackId) -> list[spec.PackEntry] | No
     if trailer is None or trailer.pack != pack:
         return None
     length = size - spec.TRAILER_BYTES - trailer.footer_offset
-    if length != trailer.records * spec.ENTRY_BYTES:
+    if length < 0 or length != trailer.records * spec.ENTRY_BYTES:
         return None
     listing = storage.read(pack, trailer.footer_offset, length)
     if tail[spec.CHECKED_BYTES :] != checksum128(listing + tail[: spec.CHECKED_BYTES]):
         return None
-    return list(spec.parse_entries(listing))
+    return trailer.footer_offset, listing
 
 
 def scan(storage: PackStorage, pack: PackId) -> Iterator[Found | Damage]:
     """Every record of a pack whose checksum holds, and every stretch that is none, in file order.
 
-    The footer is skipped, not reported. Memory: one window of 8 MiB, or the largest record.
+    A sound footer is skipped; a damaged one is not believed, and reported like any other damage. Memory: one
+    window of 8 MiB, or the largest record.
     """
     size = storage.size_bytes(pack)
-    end = _records_end(storage, pack, size)
+    footer = _footer(storage, pack, size)
+    end = size if footer is None else footer[0]
     offset = spec.HEADER_BYTES
     if read_header(storage, pack) is None:
         yield Damage(0, min(size, spec.HEADER_BYTES), "the pack's header is damaged")
@@ -96,15 +103,6 @@ def scan(storage: PackStorage, pack: PackId) -> Iterator[Found | Damage]:
         resumed = _next_record(storage, pack, offset + 1, end)
         yield Damage(offset, resumed - offset, found)
         offset = resumed
-
-
-def _records_end(storage: PackStorage, pack: PackId, size: int) -> int:
-    if size < spec.HEADER_BYTES + spec.TRAILER_BYTES:
-        return size
-    trailer = spec.parse_trailer(storage.read(pack, size - spec.TRAILER_BYTES, spec.TRAILER_BYTES))
-    if trailer is None or trailer.pack != pack or trailer.footer_offset + trailer.records * spec.ENTRY_BYTES > size:
-        return size
-    return trailer.footer_offset
 
 
 def _record_at(storage: PackStorage, pack: PackId, offset: int, end: int) -> Record | str:

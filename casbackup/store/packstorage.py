@@ -24,13 +24,12 @@ class PackInfo(NamedTuple):
 class PackAppender(Protocol):
     """A pack being written, by one thread at a time.
 
-    What was appended can be read once ``sync`` returned, and survives a crash from then on. An implementation that
-    cannot append (an object store) may end the object at ``sync``: ``accepts_more`` tells; the caller then starts
-    another pack.
+    What was appended can be read once ``sync`` returned, and survives a crash from then on. ``can_continue`` is known
+    beforehand and never changes: without it (an object store) ``sync`` ends the pack, and the caller starts another.
     """
 
     pack: PackId
-    accepts_more: bool
+    can_continue: bool
 
     def append(self, buffers: Sequence[Buffer]) -> None:
         """Add bytes at the end. After an error the pack's end is unknown: close it and start another."""
@@ -167,7 +166,7 @@ class FolderPackStorage:
 class FolderPackAppender:
     """A pack file, created at once; its name becomes durable with the first ``sync``."""
 
-    accepts_more = True
+    can_continue = True
 
     def __init__(self, fs: FileSystem, path: str, pack: PackId) -> None:
         self.pack = pack

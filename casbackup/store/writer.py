@@ -126,7 +126,7 @@ class StoreWriter:
             pack = self._pack
             if pack is None:
                 return
-            if seal or not pack.appender.accepts_more:
+            if seal or not pack.appender.can_continue:
                 self._pack = None
                 pack.finish()
                 self._make_durable(pack, sealed=True)
@@ -156,7 +156,7 @@ class StoreWriter:
             self._hand_over(pack, sealed=True)
         elif pack.buffered_bytes >= _BUFFERED_BYTES:
             pack.write_out()
-            if pack.size_bytes - pack.synced_bytes >= _SYNC_EVERY_BYTES:
+            if pack.appender.can_continue and pack.size_bytes - pack.synced_bytes >= _SYNC_EVERY_BYTES:
                 pack.synced_bytes = pack.size_bytes
                 self._hand_over(pack, sealed=False)
 

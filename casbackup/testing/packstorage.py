@@ -83,7 +83,7 @@ class PackStorageConformance:
             appender.append([b"first"])
             appender.sync()
             assert bytes(storage.read(appender.pack, 0, 5)) == b"first"
-            if appender.accepts_more:
+            if appender.can_continue:
                 appender.append([b"second"])
                 appender.sync()
                 assert bytes(storage.read(appender.pack, 0, 11)) == b"firstsecond"
@@ -196,6 +196,9 @@ class MemoryPackStorage:
     def foreign(self) -> Iterator[str]:
         return iter(())
 
+    def close(self) -> None:
+        """Nothing is kept open."""
+
     def store(self, pack: PackId, content: bytes) -> None:
         """Put a pack's bytes, or replace them."""
         self._packs[pack] = content
@@ -206,19 +209,19 @@ class MemoryPackAppender:
 
     def __init__(self, storage: MemoryPackStorage, pack: PackId, *, appendable: bool) -> None:
         self.pack = pack
-        self.accepts_more = True
+        self.can_continue = appendable
+        self._ended = False
         self._storage = storage
-        self._appendable = appendable
         self._content = bytearray()
 
     def append(self, buffers: Sequence[Buffer]) -> None:
-        assert self.accepts_more, "appended to a pack that has ended"
+        assert not self._ended, "appended to a pack that has ended"
         for buffer in buffers:
             self._content += buffer
 
     def sync(self) -> None:
         self._storage.store(self.pack, bytes(self._content))
-        self.accepts_more = self._appendable
+        self._ended = not self.can_continue
 
     def close(self) -> None:
         """What was not synced is gone."""

@@ -42,7 +42,7 @@ class DiskTree:
         self._tolerant = tolerant
 
     def segments(self, start: int = 0, end: int | None = None) -> Iterator[Segment]:
-        """All leaves that touch [start, end), in order; runs of zero leaves come as one long zero segment.
+        """All leaves that touch [start, end), in order; a subtree that is zero comes as one long zero segment.
 
         :raise NodeInvalid: when a node is not what its place in the tree demands.
         """

@@ -13,7 +13,6 @@ from casbackup.ids import DEFAULT_NAMESPACE, parse_disk, parse_vm
 from casbackup.jobs.backup import BackupRequest, DiskInput, backup
 from casbackup.jobs.diff import diff_snapshots
 from casbackup.jobs.segments import DeviceSegments
-from casbackup.limits import FANOUT
 from casbackup.peer.local import LocalPeer
 from casbackup.repository.accounting import account
 from casbackup.repository.catalog import Snapshot
@@ -24,7 +23,7 @@ from casbackup.spec.record import BlobKind
 from casbackup.units import MiB, TiB
 from tests.benchmarks.counting import Counts, counted
 from tests.benchmarks.images import scattered, write_image
-from tests.benchmarks.synthetic import Shape, add_snapshot, copy_repository, create, leaf_ids, vm_name
+from tests.benchmarks.synthetic import Shape, add_snapshot, copy_repository, create, vm_name
 
 SHAPE = Shape(chunks=15_000, snapshots=10)
 NODES_PER_CHANGE = SHAPE.leaves_per_change + 1
@@ -53,28 +52,6 @@ def stage(stages: dict[int, str], request: pytest.FixtureRequest) -> Iterator[tu
     number: int = request.param
     with counted(stages[number]) as (repository, counts):
         yield repository, counts, FIRST_NODES + (number - 1) * NODES_PER_CHANGE
-
-
-def test_the_generator_makes_what_it_says(stages: dict[int, str]) -> None:
-    assert SHAPE.leaves <= FANOUT
-    with Repository.open(stages[SHAPE.snapshots]) as repository:
-        chunks, nodes = _blobs(repository, BlobKind.CHUNK), _blobs(repository, BlobKind.NODE)
-        disks = [snapshot.manifest.disks[0] for snapshot in repository.catalog.all()]
-        leaves = [leaf_ids(repository.store, disk) for disk in disks]
-    assert SHAPE.chunks <= chunks <= 1.05 * SHAPE.chunks
-    assert nodes == FIRST_NODES + (SHAPE.snapshots - 1) * NODES_PER_CHANGE
-    for before, after in pairwise(leaves):
-        assert sum(a != b for a, b in zip(before, after, strict=True)) == SHAPE.leaves_per_change
-
-
-def test_equal_seeds_give_equal_trees(tmp_path: Path) -> None:
-    shape = Shape(chunks=1000, snapshots=2, vms=2)
-    roots = []
-    for name in ("a", "b"):
-        with create(str(tmp_path / name), shape) as repository:
-            made = [add_snapshot(repository, shape, vm_name(vm)) for vm in (0, 1, 0, 1)]
-            roots.append([snapshot.manifest.disks[0].root for snapshot in made])
-    assert roots[0] == roots[1] and len(set(roots[0])) == 4
 
 
 def test_gc_reads_each_distinct_node_once(stage: tuple[Repository, Counts, int]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casbackup.chunking.block_sample import _SAMPLE_OFFSETS, BlockSampleChunker, Span
@@ -19,7 +19,7 @@ SPARSE = b"\1" + bytes(BLOCK_BYTES - 1)
 """A block that the chunker's samples take for zeros."""
 
 groups = st.lists(
-    st.tuples(st.sampled_from("random zero sparse same".split()), st.integers(1, 60), st.integers(0, 99)),
+    st.tuples(st.sampled_from(["random", "zero", "sparse", "same"]), st.integers(1, 60), st.integers(0, 99)),
     min_size=1,
     max_size=8,
 )
@@ -73,6 +73,7 @@ def check(data: bytes) -> list[Span]:
     return spans
 
 
+@settings(max_examples=50)
 @given(groups, tails)
 def test_spans_keep_all_rules(content: list[tuple[str, int, int]], tail: int) -> None:
     data = b"".join(blocks(*group) for group in content) + b"t" * tail
@@ -80,6 +81,7 @@ def test_spans_keep_all_rules(content: list[tuple[str, int, int]], tail: int) ->
     assert spans == CHUNKER.spans(padded(data), len(data)) == BlockSampleChunker(CONFIG).spans(padded(data), len(data))
 
 
+@settings(max_examples=50)
 @given(groups, tails, st.integers(1, 3))
 def test_bytes_after_the_last_block_do_not_matter(content: list[tuple[str, int, int]], tail: int, more: int) -> None:
     data = b"".join(blocks(*group) for group in content) + b"t" * tail
@@ -113,6 +115,7 @@ def test_chunks_have_a_useful_size() -> None:
     assert 7 * BLOCK_BYTES < SEGMENT_BYTES / len(found) < 13 * BLOCK_BYTES
 
 
+@settings(max_examples=25)
 @given(st.integers(1, 100), st.integers(0, 9))
 def test_inserted_blocks_move_chunks_but_do_not_change_them(count: int, seed: int) -> None:
     data = blocks("random", 500, seed)
@@ -121,6 +124,7 @@ def test_inserted_blocks_move_chunks_but_do_not_change_them(count: int, seed: in
     assert sum(chunk in after for chunk in before) > 0.9 * len(before)
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 499), st.integers(0, 9))
 def test_a_changed_block_changes_few_chunks(at: int, seed: int) -> None:
     data = bytearray(blocks("random", 500, seed))

