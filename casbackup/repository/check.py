@@ -27,6 +27,7 @@ from casbackup.repository.repository import Repository
 from casbackup.spec.indexdb import STATE_DAMAGED, PackRow, decode_entry
 from casbackup.spec.record import HEADER_BYTES, BlobKind
 from casbackup.store.index import Transaction
+from casbackup.store.packfile import read_footer, read_header
 from casbackup.workers import run_workers, worker_count
 
 _READ_BYTES = 4 * 1024 * 1024
@@ -94,6 +95,7 @@ def check(repository: Repository, options: CheckOptions | None = None, progress:
     damaged = _check_index(repository, table, marks, snapshots, report)
     damaged |= _check_packs(repository, table, report)
     if options.read_data:
+        _check_frames(repository, report)
         damaged |= _read_data(repository, table, options, report, progress)
     _conclude(repository, table, marks, snapshots, damaged, report)
     return report
@@ -179,6 +181,19 @@ def _check_packs(repository: Repository, table: IndexTable, report: CheckReport)
     for name in storage.foreign():
         report.note(name, "is no pack and is ignored")
     return damaged
+
+
+def _check_frames(repository: Repository, report: CheckReport) -> None:
+    """Headers and footers of packs. Only a rebuild of the index reads them, and it can do without: no data is lost."""
+    storage = repository.store.storage
+    for row in repository.store.pack_rows().values():
+        try:
+            if read_header(storage, row.pack) is None:
+                report.note(f"pack {row.pack}", "its header is damaged; its records do not need it")
+            if row.sealed and read_footer(storage, row.pack) is None:
+                report.note(f"pack {row.pack}", "its footer is damaged; its records do not need it")
+        except (PackDamaged, OSError, KeyError):
+            continue  # missing or unreadable packs are reported as such
 
 
 class _Reader:

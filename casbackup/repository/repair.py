@@ -19,12 +19,12 @@ from casbackup.codec.records import decode_record, parse_record
 from casbackup.errors import DataDamage, PackDamaged
 from casbackup.ids import BlobId, PackId
 from casbackup.progress import NoProgress, Progress
-from casbackup.repository.damage import AffectedDisk, DamageMap, damaged_ids
+from casbackup.repository.damage import AffectedDisk, DamageMap, damaged_ids, note_damage
 from casbackup.repository.indextable import read_index
 from casbackup.repository.repack import repack
 from casbackup.repository.repository import Repository
 from casbackup.spec.indexdb import NO_PACK, STATE_DAMAGED, BlobEntry, PackRow, decode_entry, pack_key
-from casbackup.spec.record import HEADER_BYTES, RecordHeader
+from casbackup.spec.record import HEADER_BYTES, BlobKind, RecordHeader
 from casbackup.store.index import Transaction
 from casbackup.store.packfile import headers
 
@@ -53,6 +53,7 @@ def repair(repository: Repository, progress: Progress | None = None) -> RepairRe
             report.healed_blobs = _use_other_copies(repository, damaged)
         damaged = damaged_ids(repository)
         _empty_damaged_packs(repository, damaged, report, progress)
+        damaged = damaged_ids(repository)
         report.lost_blobs = len(damaged)
         report.affected = DamageMap(repository, damaged).affected(repository.catalog.survey()[0])
     return report
@@ -128,8 +129,14 @@ def _empty_damaged_packs(
         else:
             packs[number] = rows[number]
     if packs:
-        outcome = repack(repository, read_index(repository.index), packs, progress)
+        table = read_index(repository.index)
+        outcome = repack(repository, table, packs, progress)
         report.moved_blobs = outcome.moved_blobs
+        # What turned out to be damaged only now must not be vouched for either, once its pack is gone.
+        nodes = table.ids_where(table.values["kind"] == BlobKind.NODE)
+        suspects = DamageMap(repository, [*damaged, *outcome.damaged]).suspects(nodes)
+        note_damage(repository, outcome.damaged, suspects)
+    damaged = damaged_ids(repository)
     repository.index.write(lambda txn: _unplace(repository, txn, damaged))
     for number, row in packs.items():
         _quarantine(repository, number, row, report)

@@ -188,7 +188,7 @@ class Sessions:
 
     def _attached(self, lock: FileLock, change: Callable[[Transaction], SessionRow], kind: SessionKind) -> Session:
         def counted(txn: Transaction) -> SessionRow:
-            if kind == SessionKind.BACKUP:
+            if kind != SessionKind.MAINTENANCE:
                 self._repository.index.next_number(txn, "attach")
             self._repository.index.next_number(txn, "epoch")
             return change(txn)

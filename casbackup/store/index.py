@@ -105,9 +105,14 @@ class Index:
                 writemap=False,
                 lib_version=_LMDB_LINE,
             )
-            index = cls(environment, read_only=read_only)
         except lmdb.Error as error:
             raise _translated(error, folder) from error
+        try:
+            _require_whole(environment, folder)
+            index = cls(environment, read_only=read_only)
+        except BaseException as error:
+            environment.close()
+            raise _translated(error, folder) if isinstance(error, lmdb.Error) else error
         _open_indexes[index._path] = index
         return index
 
@@ -214,6 +219,17 @@ class Index:
 
     def _map_bytes(self) -> int:
         return int(self._env.info()["map_size"])
+
+
+def _require_whole(environment: lmdb.Environment, folder: str) -> None:
+    """LMDB maps its file: to touch a page that was cut off would end the process.
+
+    :raise IndexDamaged: when the file is shorter than it says.
+    """
+    needed_bytes = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    size_bytes = os.path.getsize(os.path.join(folder, "data.mdb"))
+    if size_bytes < needed_bytes:
+        raise IndexDamaged(f"the index {folder} is truncated: {size_bytes} of {needed_bytes} bytes are there")
 
 
 def _translated(error: lmdb.Error, path: str) -> Exception:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 from casbackup.block.memory import MemoryDevice
@@ -36,7 +36,7 @@ from casbackup.spec.config import encode_config
 from casbackup.store.index import Index
 from casbackup.store.writer import StoreWriter
 from casbackup.testing.clock import FakeClock
-from casbackup.testing.simfs import SimulatedMachine
+from casbackup.testing.simfs import SimulatedFileSystem, SimulatedMachine
 
 VM = VmName("vm/100")
 SMALL_PACK_BYTES = 2**20
@@ -102,6 +102,7 @@ class World:
         for repository in self._open:
             while repository.index._users > 0:
                 repository.index.close()
+            cast("SimulatedFileSystem", repository.fs).kill()
         self._open = []
 
     def crash(self, seed: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 
@@ -20,7 +21,7 @@ from casbackup.spec.manifest import DiskRecord, Manifest
 from casbackup.spec.node import Extent
 from casbackup.spec.record import Record
 from casbackup.testing.peer import chunk, full_leaf, leaf
-from casbackup.testing.world import VM, World
+from casbackup.testing.world import VM, World, temporary_world
 
 
 def noise(number: int, length: int = 20_000) -> Record:
@@ -53,7 +54,7 @@ def sound(repository: Repository, snapshot: Snapshot, *chunks: Record) -> bool:
 
 
 def meanwhile(world: World, chance: int, action: Callable[[], None]) -> Callable[[], int]:
-    """At the ``chance``-th place where others may get their turn, do something. The result tells how many there were."""
+    """At the ``chance``-th place where others may get their turn, do something. The result tells how many there are."""
     chances = 0
 
     def turn() -> None:
@@ -66,8 +67,12 @@ def meanwhile(world: World, chance: int, action: Callable[[], None]) -> Callable
             finally:
                 world.machine.meanwhile = turn
 
+    def stop() -> int:
+        world.machine.meanwhile = None
+        return chances
+
     world.machine.meanwhile = turn
-    return lambda: chances
+    return stop
 
 
 def test_what_an_active_session_was_told_of_stays(world: World) -> None:
@@ -183,14 +188,22 @@ def test_the_pack_of_a_session_is_left_alone_even_when_nothing_in_it_counts(worl
     assert sound(repository, kept, x)
 
 
-def test_a_snapshot_committed_while_gc_plans_is_kept(world: World) -> None:
-    """At every moment of the plan."""
-    chances = 10**6
-    chance = 0
-    while chance <= chances:
+def at_every_chance(test: Callable[[World, int], int]) -> None:
+    """Run ``test`` in a world of its own for each place where others may interfere; it gives how many there are."""
+    chance, chances = 0, 1
+    while chance < chances:
         chance += 1
-        world.close()
-        world.__init__(world.root.removesuffix("/repository"))  # type: ignore[misc]
+        with temporary_world() as world:
+            try:
+                chances = test(world, chance)
+            except BaseException as error:
+                error.add_note(f"interfering at chance {chance}")
+                raise
+    assert chance > 15
+
+
+def test_a_snapshot_committed_while_gc_is_at_work_is_kept() -> None:
+    def test(world: World, chance: int) -> int:
         repository = world.create()
         x, y = noise(1), noise(2)
         old, shared = backed_up(repository, x)
@@ -199,50 +212,40 @@ def test_a_snapshot_committed_while_gc_plans_is_kept(world: World) -> None:
         repository.catalog.remove([old])
         done: list[Snapshot] = []
 
-        def finish(session: Session = session, done: list[Snapshot] = done) -> None:
+        def finish() -> None:
             root = leaf([Extent(20_000, 0, x.id), Extent(20_000, 0, y.id)])
             session.send([y, root])
             done.append(commit(session, root, 40_000))
 
         count = meanwhile(world, chance, finish)
         world.gc(repository)
-        chances = count()
-        world.machine.meanwhile = None
-        if done:
-            assert sound(repository, done[0], x, y), f"at chance {chance}"
+        for _ in range(2):
+            assert not done or sound(repository, done[0], x, y)
             world.gc(repository)
-            assert sound(repository, done[0], x, y), f"at chance {chance}"
-    assert chance > 15
+        return count()
+
+    at_every_chance(test)
 
 
-def test_what_is_being_read_stays_even_if_it_is_forgotten_while_gc_plans(world: World) -> None:
-    """At every moment of the plan and its execution somebody begins to read a snapshot that is forgotten at once."""
-    chances = 10**6
-    chance = 0
-    while chance <= chances:
-        chance += 1
-        world.close()
-        world.__init__(world.root.removesuffix("/repository"))  # type: ignore[misc]
+def test_what_is_being_read_stays_even_if_it_is_forgotten_while_gc_is_at_work() -> None:
+    def test(world: World, chance: int) -> int:
         repository = world.create()
         x = noise(1)
         old, _ = backed_up(repository, x)
         backed_up(repository, noise(2))
-        entered = []
 
-        def begin(entered: list[object] = entered, old: Snapshot = old) -> None:
-            reader = reading(repository, old)
-            reader.__enter__()
-            entered.append(reader)
-            repository.catalog.remove([old])
+        with ExitStack() as stack:
 
-        count = meanwhile(world, chance, begin)
-        world.gc(repository)
-        chances = count()
-        world.machine.meanwhile = None
-        if entered:
-            assert readable(repository, old.manifest.disks[0].root, x.id), f"at chance {chance}"
-            entered[0].__exit__(None, None, None)  # type: ignore[attr-defined]
-    assert chance > 15
+            def begin_reading_and_forget() -> None:
+                stack.enter_context(reading(repository, old))
+                repository.catalog.remove([old])
+
+            count = meanwhile(world, chance, begin_reading_and_forget)
+            world.gc(repository)
+            assert readable(repository, old.manifest.disks[0].root, x.id)
+            return count()
+
+    at_every_chance(test)
 
 
 def readable(repository: Repository, *ids: BlobId) -> bool:
