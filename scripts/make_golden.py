@@ -97,16 +97,12 @@ CHANGES: Sequence[tuple[int, bytes | int]] = (
 )
 """Of the second snapshot: offsets, and bytes or a number of zeros. All in the first segment."""
 
-CONFIGS = {
-    "qemu-server.conf": b"boot: order=scsi0\ncores: 2\nmemory: 2048\nscsi0: local:vm-100-disk-0,size=9M\n"
-}
+CONFIGS = {"qemu-server.conf": b"boot: order=scsi0\ncores: 2\nmemory: 2048\nscsi0: local:vm-100-disk-0,size=9M\n"}
 WEB_CONFIGS = {"qemu-server.conf": text("web config", 5 * KiB), "firewall.fw": b"[OPTIONS]\nenable: 1\n"}
 
 
 def changed(disk: bytes) -> bytes:
-    return laid_out(
-        len(disk), {0: disk} | {at: bytes(new) if isinstance(new, int) else new for at, new in CHANGES}
-    )
+    return laid_out(len(disk), {0: disk} | {at: bytes(new) if isinstance(new, int) else new for at, new in CHANGES})
 
 
 class SetClock:

@@ -110,9 +110,12 @@ class Index:
         try:
             _require_whole(environment, folder)
             index = cls(environment, read_only=read_only)
-        except BaseException as error:
+        except IndexDamaged:
             environment.close()
-            raise _translated(error, folder) if isinstance(error, lmdb.Error) else error
+            raise
+        except lmdb.Error as error:
+            environment.close()
+            raise _translated(error, folder) from error
         _open_indexes[index._path] = index
         return index
 

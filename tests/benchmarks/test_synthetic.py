@@ -11,7 +11,7 @@ import pytest
 
 from casbackup.ids import ZERO_ID, BlobId
 from casbackup.limits import FANOUT
-from casbackup.repository.accounting import _grouping_order, account
+from casbackup.repository.accounting import _grouped, account
 from casbackup.repository.catalog import Snapshot
 from casbackup.repository.indextable import read_index
 from casbackup.repository.repository import Repository
@@ -74,10 +74,11 @@ def test_accounting_agrees_with_a_look_at_every_blob(shape: Shape, tmp_path: Pat
 @pytest.mark.parametrize("shift", [0, 54])
 def test_equal_numbers_are_put_together(count: int, different: int, shift: int) -> None:
     numbers = np.random.default_rng(1).integers(0, different, count, np.uint64) << np.uint64(shift)
-    order = _grouping_order(numbers)
+    order, starts = _grouped(numbers)
     assert sorted(order.tolist()) == list(range(count))
-    runs = int((np.diff(numbers[order].astype(object)) != 0).sum()) + min(count, 1)
-    assert runs == len(set(numbers.tolist()))
+    runs = [set(run.tolist()) for run in np.split(numbers[order], starts[1:])] if count else []
+    assert all(len(run) == 1 for run in runs)
+    assert len(runs) == len(starts) == len(set(numbers.tolist()))
 
 
 def _blobs_of(repository: Repository, snapshot: Snapshot) -> set[BlobId]:

@@ -35,9 +35,7 @@ class Req(NamedTuple):
     data: bytes
 
 
-def chunk(
-    kind: int, cookie: int, payload: bytes = b"", *, done: bool = True, length: int | None = None
-) -> bytes:
+def chunk(kind: int, cookie: int, payload: bytes = b"", *, done: bool = True, length: int | None = None) -> bytes:
     """A chunk of a structured reply; ``length`` lies about the payload."""
     size = len(payload) if length is None else length
     header = nbd.CHUNK_HEADER.pack(nbd.STRUCTURED_REPLY_MAGIC, int(done), kind, cookie, size)
@@ -52,9 +50,7 @@ def hole_chunk(cookie: int, offset: int, length: int, *, done: bool = True) -> b
     return chunk(nbd.CHUNK_OFFSET_HOLE, cookie, nbd.HOLE.pack(offset, length), done=done)
 
 
-def status_chunk(
-    cookie: int, *descriptors: tuple[int, int], context: int = CONTEXT, done: bool = True
-) -> bytes:
+def status_chunk(cookie: int, *descriptors: tuple[int, int], context: int = CONTEXT, done: bool = True) -> bytes:
     payload = struct.pack(">I", context) + b"".join(nbd.STATUS_DESCRIPTOR.pack(*d) for d in descriptors)
     return chunk(nbd.CHUNK_BLOCK_STATUS, cookie, payload, done=done)
 

@@ -168,9 +168,7 @@ def test_threads_share_connections(fake: Any, replies: Any, several: bool, expec
 
     def answer(request: Any) -> bytes:
         time.sleep(0.002)
-        return bytes(
-            replies.data(request.cookie, request.offset, bytes([request.offset >> 12]) * request.length)
-        )
+        return bytes(replies.data(request.cookie, request.offset, bytes([request.offset >> 12]) * request.length))
 
     fake.handshake, fake.answer = handshake, answer
     fake.flags |= nbd.ExportFlag.CAN_MULTI_CONN if several else 0

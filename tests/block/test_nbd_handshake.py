@@ -76,9 +76,7 @@ def test_unknown_infos_are_ignored(fake: Any) -> None:
         (77, b"", NbdProtocolError, "type 0x4d where it is not expected"),
     ],
 )
-def test_refused_option(
-    fake: Any, replies: Any, kind: int, payload: bytes, error: type[Exception], text: str
-) -> None:
+def test_refused_option(fake: Any, replies: Any, kind: int, payload: bytes, error: type[Exception], text: str) -> None:
     def handshake(connection: Any) -> bool:
         fake.greet(connection)
         connection.recv(4096)

@@ -35,15 +35,11 @@ READ_ANSWERS: dict[str, Answer] = {
     "data without a byte": lambda m, r: m.data(r.cookie, r.offset, b""),
     "data without an offset": lambda m, r: m.chunk(nbd.CHUNK_OFFSET_DATA, r.cookie, b"1234"),
     "data with a gap": lambda m, r: m.data(r.cookie, r.offset + 1, ZEROS[1:]),
-    "data twice": lambda m, r: (
-        m.data(r.cookie, r.offset, ZEROS, done=False) + m.data(r.cookie, r.offset, ZEROS)
-    ),
+    "data twice": lambda m, r: m.data(r.cookie, r.offset, ZEROS, done=False) + m.data(r.cookie, r.offset, ZEROS),
     "overlap": lambda m, r: (
         m.data(r.cookie, r.offset, ZEROS[:5000], done=False) + m.data(r.cookie, r.offset + 3192, ZEROS[:5000])
     ),
-    "only half": lambda m, r: (
-        m.data(r.cookie, r.offset, ZEROS[:4096], done=False) + m.chunk(nbd.CHUNK_NONE, r.cookie)
-    ),
+    "only half": lambda m, r: m.data(r.cookie, r.offset, ZEROS[:4096], done=False) + m.chunk(nbd.CHUNK_NONE, r.cookie),
     "nothing": lambda m, r: m.chunk(nbd.CHUNK_NONE, r.cookie),
     "none without done": lambda m, r: m.chunk(nbd.CHUNK_NONE, r.cookie, done=False),
     "none with bytes": lambda m, r: m.chunk(nbd.CHUNK_NONE, r.cookie, b"1234"),
@@ -66,9 +62,7 @@ READ_ANSWERS: dict[str, Answer] = {
 
 
 @pytest.mark.parametrize("name", READ_ANSWERS)
-def test_malformed_answer_to_a_read(
-    fake: Any, replies: Any, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_malformed_answer_to_a_read(fake: Any, replies: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("casbackup.block.nbd.request.MAX_CHUNKS", MAX_CHUNKS)
     fake.answer = lambda request: READ_ANSWERS[name](replies, request)
     with fake.connect() as device:
@@ -89,9 +83,7 @@ STATUS_ANSWERS: dict[str, Answer] = {
     "another context": lambda m, r: m.status(r.cookie, (r.length, 0), context=m.CONTEXT + 1),
     "twice": lambda m, r: m.status(r.cookie, (r.length, 0), done=False) + m.status(r.cookie, (r.length, 0)),
     "empty": lambda m, r: m.status(r.cookie),
-    "odd length": lambda m, r: m.chunk(
-        nbd.CHUNK_BLOCK_STATUS, r.cookie, struct.pack(">I", m.CONTEXT) + b"12345"
-    ),
+    "odd length": lambda m, r: m.chunk(nbd.CHUNK_BLOCK_STATUS, r.cookie, struct.pack(">I", m.CONTEXT) + b"12345"),
     "huge": lambda m, r: m.chunk(nbd.CHUNK_BLOCK_STATUS, r.cookie, b"", length=0xFFFFFFFC),
     "nothing": lambda m, r: m.chunk(nbd.CHUNK_NONE, r.cookie),
     "simple reply": lambda m, r: m.simple(r.cookie),
@@ -129,9 +121,7 @@ def test_failed_requests_leave_the_device_usable(fake: Any, replies: Any, struct
                 first = replies.data(request.cookie, request.offset, data[:512], done=False)
                 return first + replies.error(request.cookie, 5, b"medium error")
             return replies.data(request.cookie, request.offset, data)
-        return (
-            replies.simple(request.cookie, 5) if next(numbers) == 1 else replies.simple(request.cookie) + data
-        )
+        return replies.simple(request.cookie, 5) if next(numbers) == 1 else replies.simple(request.cookie) + data
 
     fake.size_bytes = 16 << 20
     fake.answer = answer

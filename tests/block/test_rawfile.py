@@ -43,9 +43,7 @@ def test_a_huge_sparse_file_is_one_hole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
-def test_without_seek_data_everything_is_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+def test_without_seek_data_everything_is_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     lseek = os.lseek
 
     def refuse(descriptor: int, offset: int, whence: int) -> int:

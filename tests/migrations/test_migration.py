@@ -81,18 +81,14 @@ class TestPlan:
         assert plan.nothing_to_do
         assert plan.from_format == plan.to_format == spec.FORMAT
 
-    def test_of_an_interrupted_migration_has_the_rest(
-        self, fs: SimulatedFileSystem, registry: Registry
-    ) -> None:
+    def test_of_an_interrupted_migration_has_the_rest(self, fs: SimulatedFileSystem, registry: Registry) -> None:
         put_state(fs, 1, 3, 1)
         put_format(fs, 2)
         plan = plan_migration(ROOT, fs, registry=registry)
         assert plan.titles == ("put the inventory onto shelves",)
         assert plan.interrupted is not None
 
-    def test_after_the_last_commit_there_is_still_to_tidy_up(
-        self, fs: SimulatedFileSystem, registry: Registry
-    ) -> None:
+    def test_after_the_last_commit_there_is_still_to_tidy_up(self, fs: SimulatedFileSystem, registry: Registry) -> None:
         put_state(fs, 1, 3, 2)
         put_format(fs, 3)
         plan = plan_migration(ROOT, fs, registry=registry)
@@ -134,9 +130,7 @@ class TestExecution:
         common = {"casbackup": "migration", "version": 1, "from": 1, "to": 3, "started": started}
         assert seen == [(1, common | {"step": 1}), (2, common | {"step": 2})]
 
-    def test_is_not_needed_twice(
-        self, machine: SimulatedMachine, fs: SimulatedFileSystem, registry: Registry
-    ) -> None:
+    def test_is_not_needed_twice(self, machine: SimulatedMachine, fs: SimulatedFileSystem, registry: Registry) -> None:
         execute_migration(ROOT, fs, FakeClock(), registry=registry)
         machine.log.clear()
         report = execute_migration(ROOT, fs, FakeClock(), registry=registry)
@@ -157,17 +151,13 @@ class TestExecution:
     def test_goes_on_to_a_format_that_is_newer_than_the_one_it_was_begun_for(
         self, fs: SimulatedFileSystem, registry: Registry
     ) -> None:
-        execute_migration(
-            ROOT, fs, FakeClock(), registry=replace(registry, steps=registry.steps[:1], format=2)
-        )
+        execute_migration(ROOT, fs, FakeClock(), registry=replace(registry, steps=registry.steps[:1], format=2))
         put_state(fs, 1, 2, 1)
         report = execute_migration(ROOT, fs, FakeClock(), registry=registry)
         assert (report.from_format, report.to_format, report.resumed) == (2, 3, True)
         check_migrated(fs, ROOT, THINGS)
 
-    def test_removes_what_a_crash_left_of_its_own_files(
-        self, fs: SimulatedFileSystem, registry: Registry
-    ) -> None:
+    def test_removes_what_a_crash_left_of_its_own_files(self, fs: SimulatedFileSystem, registry: Registry) -> None:
         for name in (
             "config.json.7.8.tmp",
             "config.json.backup.7.8.tmp",
@@ -179,9 +169,7 @@ class TestExecution:
         assert look(fs, ROOT).leftovers == {"mine.tmp"}
 
     def test_a_step_cannot_make_another_repository_of_it(self, fs: SimulatedFileSystem) -> None:
-        step = Step(
-            1, "steal it", lambda context: None, lambda content: {**content, "repository_id": "other"}
-        )
+        step = Step(1, "steal it", lambda context: None, lambda content: {**content, "repository_id": "other"})
         with pytest.raises(ValueError, match="steal it"):
             execute_migration(ROOT, fs, FakeClock(), registry=Registry((step,), 2))
         content = json.loads(fs.read(f"{ROOT}/config.json"))
@@ -201,9 +189,7 @@ class TestRefusals:
         with pytest.raises(errors.ConfigDamaged, match="format 0, which never was"):
             execute_migration(ROOT, fs, FakeClock(), registry=registry)
 
-    def test_a_migration_that_a_newer_casbackup_began(
-        self, fs: SimulatedFileSystem, registry: Registry
-    ) -> None:
+    def test_a_migration_that_a_newer_casbackup_began(self, fs: SimulatedFileSystem, registry: Registry) -> None:
         put_state(fs, 1, 4, 2)
         put_format(fs, 3)
         with pytest.raises(errors.UnsupportedFormat, match="to format 4"):
@@ -234,17 +220,13 @@ class TestRefusals:
             b"\xff\xfe{}",
         ],
     )
-    def test_a_state_that_is_damaged(
-        self, fs: SimulatedFileSystem, registry: Registry, content: bytes
-    ) -> None:
+    def test_a_state_that_is_damaged(self, fs: SimulatedFileSystem, registry: Registry, content: bytes) -> None:
         write_durably(fs, f"{ROOT}/migration.json", content, replace=False)
         with pytest.raises(errors.ConfigDamaged, match=r"migration\.json is damaged.*migrate again"):
             execute_migration(ROOT, fs, FakeClock(), registry=registry)
         assert look(fs, ROOT)._replace(in_migration=False) == original(THINGS)
 
-    def test_a_state_of_a_kind_that_is_not_known_yet(
-        self, fs: SimulatedFileSystem, registry: Registry
-    ) -> None:
+    def test_a_state_of_a_kind_that_is_not_known_yet(self, fs: SimulatedFileSystem, registry: Registry) -> None:
         content = b'{"casbackup": "migration", "version": 2, "plan": {}}'
         write_durably(fs, f"{ROOT}/migration.json", content, replace=False)
         with pytest.raises(errors.UnsupportedFormat, match="newer casbackup"):

@@ -45,9 +45,7 @@ def test_a_file_is_all_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [step.from_format for step in found] == [9, 10, 11]
 
 
-def test_a_file_that_holds_another_step_than_it_is_named_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_holds_another_step_than_it_is_named_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"from_1_to_2": STEP_FILE.format(from_format=2)}
     wrong = package(tmp_path, "wrong_step", files, monkeypatch)
     with pytest.raises(ValueError, match="from_1_to_2"):

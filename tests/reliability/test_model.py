@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from casbackup.errors import DataDamage, SessionNotFound
+from casbackup.errors import DataDamage, RepositoryBusy, SessionNotFound
 from casbackup.ids import DEFAULT_NAMESPACE, ZERO_ID, BlobId, DiskName, SessionId, SnapshotId, VmName
 from casbackup.limits import SEGMENT_BYTES
 from casbackup.peer.disk import fetch_nodes
@@ -246,11 +246,11 @@ class Model(RuleBasedStateMachine):
             assert self.plan is not None
             process, plan, lock = self.plan
             self.plan = None
-            try:
+            with ExitStack() as stack:
+                stack.callback(lock.__exit__, None, None, None)
+                stack.enter_context(suppress(RepositoryBusy))  # an expired session was resumed since the plan
                 execute_gc(process.repository, plan)
                 self.collected_ms.append(self.world.clock.now_ms())
-            finally:
-                lock.__exit__(None, None, None)
 
         self.happen(action, self.interference(data))
 

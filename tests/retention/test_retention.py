@@ -22,9 +22,7 @@ DAY = timedelta(days=1)
 HOUR = timedelta(hours=1)
 
 
-def snapshot(
-    time: str | datetime, sequence: int = 0, *, vm: str = "vm/100", pinned: bool = False
-) -> Snapshot:
+def snapshot(time: str | datetime, sequence: int = 0, *, vm: str = "vm/100", pinned: bool = False) -> Snapshot:
     """``time``: RFC 3339, UTC without a zone."""
     time_ms = parse_time(time) if isinstance(time, str) else round(time.timestamp() * 1000)
     manifest = Manifest(Namespace("default"), VmName(vm), time_ms, sequence, disks=())
@@ -147,9 +145,7 @@ class TestDocumentedBehaviour:
         assert dates([d.snapshot for d in plan])[-1] == "2016-12-31"
 
     def test_a_backup_made_by_hand_takes_no_day_away(self) -> None:
-        snapshots = history(
-            [*daily("2026-11-01T20:00", "2026-11-22"), "2026-11-22T21:00", "2026-11-22T22:00"]
-        )
+        snapshots = history([*daily("2026-11-01T20:00", "2026-11-22"), "2026-11-22T21:00", "2026-11-22T22:00"])
         assert len(kept(snapshots, KeepPolicy(last=3, daily=13))) == 3 + 13
 
     def test_pinned_ones_stay_and_do_not_count(self) -> None:
@@ -180,9 +176,7 @@ class TestDocumentedBehaviour:
 
 class TestReasons:
     def test_name_the_rule_and_its_period(self) -> None:
-        snapshots = history(
-            ["2024-05-05", "2026-01-01", "2026-11-03", "2026-11-22T17:30", "2026-11-22T20:00"]
-        )
+        snapshots = history(["2024-05-05", "2026-01-01", "2026-11-03", "2026-11-22T17:30", "2026-11-22T20:00"])
         assert reasons(snapshots, KeepPolicy(last=1, hourly=1, weekly=1, monthly=1, yearly=1)) == [
             "yearly 2024",
             "monthly 2026-01",
@@ -322,9 +316,7 @@ def local(snapshot: Snapshot, tz: tzinfo) -> datetime:
     return (datetime.fromtimestamp(0, UTC) + timedelta(milliseconds=snapshot.manifest.time_ms)).astimezone(tz)
 
 
-def model(
-    snapshots: Sequence[Snapshot], policy: KeepPolicy, tz: tzinfo, now_ms: int | None
-) -> set[SnapshotId]:
+def model(snapshots: Sequence[Snapshot], policy: KeepPolicy, tz: tzinfo, now_ms: int | None) -> set[SnapshotId]:
     """The module's documentation once more, in sets."""
     free = {s for s in snapshots if not s.pinned and (now_ms is None or s.manifest.time_ms <= now_ms)}
     newest_first = sorted(free, key=lambda s: s.manifest.time_ms, reverse=True)
@@ -368,9 +360,7 @@ class TestProperties:
     ) -> None:
         shuffled = list(snapshots)
         random.shuffle(shuffled)  # type: ignore[attr-defined]
-        assert ids(kept(shuffled, policy, tz, now_ms=now_ms)) == ids(
-            kept(snapshots, policy, tz, now_ms=now_ms)
-        )
+        assert ids(kept(shuffled, policy, tz, now_ms=now_ms)) == ids(kept(snapshots, policy, tz, now_ms=now_ms))
 
     @given(histories().filter(bool), policies, zones, presents)
     def test_the_latest_and_the_newest_always_stay(
@@ -401,9 +391,7 @@ class TestProperties:
         """Exactly so for rules whose periods lie within one another, so for all of them but weekly."""
         policy = replace(policy, weekly=0, last=max(policy.last, 1))
         more = replace(more_than(policy, additions), weekly=0)
-        assert ids(kept(snapshots, policy, tz, now_ms=now_ms)) <= ids(
-            kept(snapshots, more, tz, now_ms=now_ms)
-        )
+        assert ids(kept(snapshots, policy, tz, now_ms=now_ms)) <= ids(kept(snapshots, more, tz, now_ms=now_ms))
 
     @given(histories(), policies, st.tuples(*[_NUMBERS] * 6), zones)
     @example(
@@ -452,8 +440,6 @@ def test_forgetting_after_every_backup_keeps_what_the_policy_promises(policy: Ke
         for back in range(min(number + 1, max(policy.last, policy.daily))):
             assert now - back * DAY in found
         weeks = {PERIODS["weekly"](t) for t in found}
-        assert {
-            PERIODS["weekly"](now - back * 7 * DAY) for back in range(min(number // 7, policy.weekly))
-        } <= weeks
+        assert {PERIODS["weekly"](now - back * 7 * DAY) for back in range(min(number // 7, policy.weekly))} <= weeks
         months = {(t.year, t.month) for t in found}
         assert len(months) >= min(policy.monthly, (now.year - 2026) * 12 + now.month)
