@@ -102,11 +102,13 @@ def check(repository: Repository, options: CheckOptions | None = None, progress:
 
 
 def _check_config(repository: Repository, report: CheckReport) -> None:
-    """config.json and its copy were written with the same bytes; a difference is damage to one of them."""
+    """config.json and its copy were written with the same bytes."""
     layout = repository.layout
     copy = repository.fs.read(layout.config_backup) if repository.fs.exists(layout.config_backup) else b""
     if repository.fs.read(layout.config) != copy:
-        report.damage(layout.config, "differs from its copy config.json.backup; put back the one that is right")
+        report.note(
+            layout.config, "differs from its copy config.json.backup: was it edited, or is one of them damaged?"
+        )
 
 
 def _check_manifests(repository: Repository, report: CheckReport) -> list[Snapshot]:

@@ -48,7 +48,7 @@ def root(tmp_path: Path) -> Path:
 
 def verify(root: Path, count: int = 1) -> None:
     with Repository.open(str(root)) as repository:
-        assert not check(repository, CheckOptions(read_data=True)).findings
+        assert not check(repository, CheckOptions(read_data=True)).damaged
         assert [contents(repository, s) for s in repository.catalog.all()] == [CONTENT] * count
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import threading
+import time
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -11,7 +16,8 @@ from casbackup.ids import DEFAULT_NAMESPACE
 from casbackup.peer.local import LocalPeer
 from casbackup.repository.repository import Repository
 from casbackup.repository.sessions import LEASE_S, Session
-from casbackup.testing.peer import chunk, committed, full_leaf
+from casbackup.store.index import Index
+from casbackup.testing.peer import chunk, committed, full_leaf, stored_disk
 from casbackup.testing.world import VM, World
 
 
@@ -116,3 +122,40 @@ def test_no_lock_files_are_left_behind(world: World) -> None:
     world.gc(repository)
     left = {entry.name for entry in repository.fs.list(repository.layout.locks)}
     assert left <= {"repository", "maintenance"}
+
+
+def test_a_commit_does_not_wait_for_a_growing_map_that_waits_for_it(repository: Repository) -> None:
+    """Another thread found the map full and waits for all transactions to end; a commit reads within its own."""
+    index = repository.index
+    full, inside = threading.Event(), threading.Event()
+    grow, require_roots = Index._grow, Session._require_roots
+
+    def growing(self: Index) -> None:
+        full.set()
+        assert inside.wait(20)
+        grow(self)
+
+    def requiring(self: Session, *arguments: Any) -> None:
+        inside.set()
+        time.sleep(0.3)  # by then the other thread waits for this transaction
+        require_roots(self, *arguments)
+
+    with mock.patch.object(Index, "_grow", growing), mock.patch.object(Session, "_require_roots", requiring):
+        session = opened(repository)
+        draft = stored_disk(session, b"x" * 5000)
+        session.flush()
+        index._env.set_mapsize(os.path.getsize(os.path.join(repository.layout.index, "data.mdb")) + 65536)
+        filler = threading.Thread(target=lambda: index.write(lambda txn: fill(index, txn)), daemon=True)
+        filler.start()
+        assert full.wait(20)
+        committer = threading.Thread(target=session.commit, args=(draft,), daemon=True)
+        committer.start()
+        committer.join(20)
+        assert not committer.is_alive(), "deadlock"
+        filler.join(20)
+    assert len(repository.catalog.all()) == 1
+
+
+def fill(index: Index, txn: Any) -> None:
+    for number in range(20_000):
+        txn.put(b"filler %d" % number, b"x" * 100, db=index.meta)
