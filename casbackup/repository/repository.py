@@ -78,6 +78,7 @@ class Repository:
         """Make a repository in a new or empty folder. config.json comes last, so a half-made one is not taken for one.
 
         :raise RepositoryExists: when there is one, or any other file.
+        :raise RepositoryBusy: when somebody else is making one there at the same time.
         :raise NetworkFileSystem: when the folder is on one.
         """
         fs, clock, layout = fs or RealFileSystem(), clock or SystemClock(), Layout(path)
@@ -97,11 +98,12 @@ class Repository:
             for folder in (layout.packs, layout.snapshots, layout.index, layout.locks):
                 fs.make_folders(folder)
             _refuse_network(layout)
-            for name in ("data.mdb", "lock.mdb"):
-                fs.remove(os.path.join(layout.index, name))
-            Index.create(layout.index, config.repository_id).close()
-            write_durably(fs, layout.config_backup, encode_config(config), replace=True)
-            write_durably(fs, layout.config, encode_config(config), replace=True)
+            lock = lock_repository(fs, layout, shared=False)
+            try:
+                _fill_new(fs, layout, config)
+            finally:
+                if lock is not None:
+                    lock.release()
         return cls.open(path, fs=fs, clock=clock)
 
     @classmethod
@@ -212,6 +214,17 @@ def lock_repository(fs: FileSystem, layout: Layout, *, shared: bool, read_only: 
         doing = "a migration or a rebuild of the index is running" if shared else "it is in use"
         raise RepositoryBusy(f"cannot use {layout.root} now: {doing}")
     return lock
+
+
+def _fill_new(fs: FileSystem, layout: Layout, config: RepositoryConfig) -> None:
+    """The index and, last, config.json of a new repository, whose lock the caller holds."""
+    if fs.exists(layout.config):
+        raise RepositoryExists(f"there is already a repository in {layout.root}")
+    for name in ("data.mdb", "lock.mdb"):
+        fs.remove(os.path.join(layout.index, name))
+    Index.create(layout.index, config.repository_id).close()
+    write_durably(fs, layout.config_backup, encode_config(config), replace=True)
+    write_durably(fs, layout.config, encode_config(config), replace=True)
 
 
 def _refuse_network(layout: Layout) -> None:
