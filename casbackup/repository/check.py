@@ -8,15 +8,13 @@ it can.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from casbackup.codec.records import decode_record, parse_record
-from casbackup.errors import BlobDamaged, DataDamage, PackDamaged
+from casbackup.errors import PackDamaged
 from casbackup.ids import BlobId
 from casbackup.progress import NoProgress, Progress
 from casbackup.repository.catalog import Snapshot
@@ -24,11 +22,10 @@ from casbackup.repository.damage import AffectedDisk, DamageMap, note_damage
 from casbackup.repository.indextable import IndexTable, contains, read_index
 from casbackup.repository.mark import Marks, configs_of, mark, roots_of
 from casbackup.repository.repository import Repository
-from casbackup.spec.indexdb import STATE_DAMAGED, PackRow, decode_entry
-from casbackup.spec.record import HEADER_BYTES, BlobKind
-from casbackup.store.index import Transaction
+from casbackup.repository.scrub import Scrubber
+from casbackup.spec.indexdb import STATE_DAMAGED
+from casbackup.spec.record import BlobKind
 from casbackup.store.packfile import read_footer, read_header
-from casbackup.workers import run_workers, worker_count
 
 _READ_BYTES = 4 * 1024 * 1024
 _NOTE_EVERY = 20_000
@@ -198,152 +195,19 @@ def _check_frames(repository: Repository, report: CheckReport) -> None:
             continue  # missing or unreadable packs are reported as such
 
 
-class _Reader:
-    """Verifies records of packs from several threads and notes the results in the index now and then."""
-
-    def __init__(
-        self, repository: Repository, table: IndexTable, options: CheckOptions, report: CheckReport, progress: Progress
-    ) -> None:
-        self._repository = repository
-        self._table = table
-        self._report = report
-        self._progress = progress
-        self._rows = repository.store.pack_rows()
-        self._clock = repository.clock
-        self._deadline_s = None if options.time_budget_s is None else self._clock.monotonic_s() + options.time_budget_s
-        self._lock = threading.Lock()
-        self._sound: list[int] = []
-        self.damaged: dict[BlobId, str] = {}
-
-    def run(self, chosen: npt.NDArray[np.int64]) -> None:
-        """Read the chosen rows of the table, in their order as far as whole runs of a pack allow."""
-        runs = self._runs(chosen)
-
-        def work(stop: threading.Event) -> None:
-            while not stop.is_set():
-                with self._lock:
-                    run = next(runs, None)
-                if run is None or self._late():
-                    return
-                self._verify(run)
-
-        run_workers(work, worker_count())
-        self._note()
-
-    def _late(self) -> bool:
-        return self._deadline_s is not None and self._clock.monotonic_s() >= self._deadline_s
-
-    def _runs(self, chosen: npt.NDArray[np.int64]) -> Iterator[list[int]]:
-        """Rows that lie together, up to 4 MiB a run."""
-        values = self._table.values
-        run: list[int] = []
-        start = end = pack = 0
-        for row in chosen.tolist():
-            offset, size = int(values["offset"][row]), HEADER_BYTES + int(values["stored"][row])
-            together = int(values["pack"][row]) == pack and 0 <= offset - end < HEADER_BYTES * 1024
-            if run and not (together and offset + size - start <= _READ_BYTES):
-                yield run
-                run = []
-            if not run:
-                start, pack = offset, int(values["pack"][row])
-            run.append(row)
-            end = offset + size
-        if run:
-            yield run
-
-    def _verify(self, run: list[int]) -> None:
-        values = self._table.values
-        pack = self._rows.get(int(values["pack"][run[0]]))
-        start = int(values["offset"][run[0]])
-        last = run[-1]
-        length = int(values["offset"][last]) + HEADER_BYTES + int(values["stored"][last]) - start
-        data = self._read(pack, start, length)
-        sound: list[int] = []
-        verified_bytes = 0
-        for row in run:
-            offset, size = int(values["offset"][row]), HEADER_BYTES + int(values["stored"][row])
-            view = memoryview(data)[offset - start : offset - start + size] if data else None
-            problem = self._problem(row, pack, offset, size, view)
-            if problem is None:
-                sound.append(row)
-                verified_bytes += size
-            else:
-                with self._lock:
-                    self.damaged[self._table.id(row)] = problem
-        self._progress.advance(done=length)
-        with self._lock:
-            self._sound += sound
-            self._report.verified_blobs += len(sound)
-            self._report.verified_bytes += verified_bytes
-            full = len(self._sound) >= _NOTE_EVERY
-        if full:
-            self._note()
-
-    def _read(self, pack: PackRow | None, offset: int, length: int) -> bytes | None:
-        if pack is None:
-            return None
-        try:
-            return self._repository.store.storage.read(pack.pack, offset, length)
-        except (PackDamaged, OSError, KeyError):
-            return None
-
-    def _problem(self, row: int, pack: PackRow | None, offset: int, size: int, view: memoryview | None) -> str | None:
-        """What is wrong with one record; None if nothing is."""
-        blob_id = self._table.id(row)
-        if view is None:
-            single = self._read(pack, offset, size)
-            if single is None:
-                return self._moved_or(blob_id, row, "cannot be read")
-            view = memoryview(single)
-        try:
-            record = parse_record(view, at=f"{pack.pack if pack else '?'}:{offset}")
-            if record.id != blob_id:
-                raise BlobDamaged(f"another blob, {record.id.hex()[:16]}, is in its place")
-            decode_record(record)
-        except DataDamage as error:
-            return self._moved_or(blob_id, row, str(error))
-        return None
-
-    def _moved_or(self, blob_id: BlobId, row: int, problem: str) -> str | None:
-        """A gc may have moved or removed the blob since the index was read; then it is not this check's business."""
-        entry = self._repository.store.entries([blob_id]).get(blob_id)
-        values = self._table.values
-        if entry is None or (entry.pack, entry.offset) != (int(values["pack"][row]), int(values["offset"][row])):
-            return None
-        return problem
-
-    def _note(self) -> None:
-        """Write down when the sound ones were verified, and that formerly damaged ones are sound."""
-        with self._lock:
-            rows, self._sound = self._sound, []
-        if not rows or self._repository.read_only:
-            return
-        ids = sorted(self._table.id(row) for row in rows)
-        now_s = self._clock.now_ms() // 1000
-        self._repository.index.write(lambda txn: self._stamp(txn, ids, now_s))
-
-    def _stamp(self, txn: Transaction, ids: Sequence[BlobId], now_s: int) -> None:
-        blobs = self._repository.index.blobs
-        for blob_id in ids:
-            value = txn.get(blob_id, db=blobs)
-            if value is not None:
-                entry = decode_entry(value)
-                state = entry.state & ~STATE_DAMAGED
-                txn.put(blob_id, entry._replace(verified_s=now_s, state=state).encode(), db=blobs)
-
-
 def _read_data(
     repository: Repository, table: IndexTable, options: CheckOptions, report: CheckReport, progress: Progress
 ) -> set[BlobId]:
     chosen = _choose(table, options, repository.clock.now_ms() // 1000)
     progress.start("stored data", int(table.records_bytes()[chosen].sum()))
-    reader = _Reader(repository, table, options, report, progress)
-    reader.run(chosen)
+    scrubber = Scrubber(repository, table, progress, time_budget_s=options.time_budget_s)
+    scrubber.run(chosen)
     progress.finish()
-    for blob_id, problem in reader.damaged.items():
+    for blob_id, problem in scrubber.damaged.items():
         report.damage(f"blob {blob_id.hex()[:16]}", problem)
-    report.unverified_blobs = len(table) - report.verified_blobs - len(reader.damaged)
-    return set(reader.damaged)
+    report.verified_blobs, report.verified_bytes = scrubber.verified_blobs, scrubber.verified_bytes
+    report.unverified_blobs = len(table) - report.verified_blobs - len(scrubber.damaged)
+    return set(scrubber.damaged)
 
 
 def _choose(table: IndexTable, options: CheckOptions, now_s: int) -> npt.NDArray[np.int64]:

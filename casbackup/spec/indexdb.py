@@ -33,6 +33,8 @@ DATABASES = (b"blobs", b"packs", b"snapshots", b"sessions", b"outlines", b"meta"
 BLOB_VALUE = Struct("<7I4B")
 STATE_OFFSET = 30
 EPOCH_OFFSET = 24
+VERIFIED_OFFSET = 20
+_TIME = Struct("<I")
 
 STATE_DAMAGED = 0x01
 """The stored bytes fail their check, or are gone."""
@@ -77,6 +79,14 @@ class PackRow(NamedTuple):
     def encode(self) -> bytes:
         data: bytes = msgpack.packb(list(self))
         return data
+
+
+def verified_at(value: bytes | memoryview, now_s: int) -> bytes:
+    """A blob's value with the time of its verification, and no longer damaged; the rest as it is."""
+    state = bytes((value[STATE_OFFSET] & ~STATE_DAMAGED,))
+    return b"".join(
+        (value[:VERIFIED_OFFSET], _TIME.pack(now_s), value[EPOCH_OFFSET:STATE_OFFSET], state, value[STATE_OFFSET + 1 :])
+    )
 
 
 def decode_entry(value: bytes | memoryview) -> BlobEntry:
