@@ -25,7 +25,7 @@ from casbackup.repository.repository import Repository
 from casbackup.repository.scrub import Scrubber
 from casbackup.spec.indexdb import STATE_DAMAGED
 from casbackup.spec.record import BlobKind
-from casbackup.store.packfile import read_footer, read_header
+from casbackup.store.packfile import has_footer, read_header
 
 _READ_BYTES = 4 * 1024 * 1024
 _NOTE_EVERY = 20_000
@@ -142,7 +142,7 @@ def _check_index(
     known_bad = set(table.ids_where(needed & ((table.values["state"] & STATE_DAMAGED) > 0)))
     for blob_id in known_bad:
         report.damage(f"blob {blob_id.hex()[:16]}", "was found damaged by an earlier check and is not healed yet")
-    present = np.unique(table.prefixes)
+    present = np.sort(table.prefixes)
     absent = marks.prefixes[~contains(present, marks.prefixes)]
     missing = _full_ids(repository, snapshots, absent[absent != 0]) if len(absent) else set()
     for blob_id in missing:
@@ -189,7 +189,7 @@ def _check_frames(repository: Repository, report: CheckReport) -> None:
         try:
             if read_header(storage, row.pack) is None:
                 report.note(f"pack {row.pack}", "its header is damaged; its records do not need it")
-            if row.sealed and read_footer(storage, row.pack) is None:
+            if row.sealed and not has_footer(storage, row.pack):
                 report.note(f"pack {row.pack}", "its footer is damaged; its records do not need it")
         except (PackDamaged, OSError, KeyError):
             continue  # missing or unreadable packs are reported as such

@@ -29,7 +29,7 @@ from casbackup.spec.node import Inner, decode_node
 from casbackup.spec.record import BlobKind, RecordHeader
 from casbackup.store.blobstore import BlobStore
 from casbackup.store.index import Index, Transaction
-from casbackup.store.packfile import headers, read_footer
+from casbackup.store.packfile import has_footer, headers
 from casbackup.store.packstorage import FolderPackStorage, PackInfo
 
 _NODES = 2048
@@ -136,7 +136,7 @@ def _distrust_incomplete(index: Index, storage: FolderPackStorage) -> None:
 
 def _add_pack(index: Index, storage: FolderPackStorage, info: PackInfo, report: RebuildReport) -> None:
     try:
-        sealed = read_footer(storage, info.pack) is not None
+        sealed = has_footer(storage, info.pack)
         found = list(headers(storage, info.pack))
     except (PackDamaged, OSError) as error:
         report.notes.append(f"pack {info.pack} cannot be read: {error}")

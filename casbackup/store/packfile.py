@@ -65,6 +65,11 @@ def read_footer(storage: PackStorage, pack: PackId) -> list[spec.PackEntry] | No
     return None if found is None else list(spec.parse_entries(found[1]))
 
 
+def has_footer(storage: PackStorage, pack: PackId) -> bool:
+    """Does the pack end with a sound footer?"""
+    return _footer(storage, pack, storage.size_bytes(pack)) is not None
+
+
 def _footer(storage: PackStorage, pack: PackId, size: int) -> tuple[int, bytes] | None:
     """Where the verified footer begins, and its listing."""
     if size < spec.HEADER_BYTES + spec.TRAILER_BYTES:
