@@ -16,7 +16,9 @@
      +- SourceError
      |   +- SourceNotFound, SourceUnreadable, SourceChanged, ToolMissing, ToolFailed
      +- TargetError
-     |   +- TargetExists, TargetTooSmall, TargetUnsuitable, TargetUnwritable
+     |   +- TargetExists, TargetTooSmall, TargetUnsuitable, TargetUnwritable, TargetClosed
+     +- ArchiveError          something is wrong with an archive of another format
+     |   +- ArchiveUnknown, ArchiveUnsupported, ArchiveLimit, ArchiveDamaged, ArchiveIncomplete
      +- NbdError
      |   +- NbdConnectionFailed, NbdProtocolError, NbdRequestFailed
      +- Interrupted
@@ -429,6 +431,59 @@ class TargetUnwritable(TargetError):
 
     code = "target-unwritable"
     advice = "Check permissions and free space of the target."
+
+
+class TargetClosed(TargetError):
+    """Whoever read what was being written went away: a broken pipe."""
+
+    code = "target-closed"
+    advice = "The program at the other end of the pipe ended early; see its messages."
+
+
+class ArchiveError(CasbackupError):
+    """Something is wrong with an archive of another format."""
+
+    code = "archive"
+
+
+class ArchiveUnknown(ArchiveError):
+    """The file or stream is in no archive format that casbackup knows."""
+
+    code = "archive-unknown"
+    exit_status = ExitStatus.SOURCE
+    advice = "See `casbackup archive formats`; a disk image is backed up with `casbackup backup`."
+
+
+class ArchiveUnsupported(ArchiveError):
+    """The archive is of a variant that cannot be read or written, or not on a pipe."""
+
+    code = "archive-unsupported"
+    exit_status = ExitStatus.SOURCE
+    advice = "See the format's page in the documentation for what is supported."
+
+
+class ArchiveLimit(ArchiveError):
+    """The format cannot hold this snapshot; nothing was written."""
+
+    code = "archive-limit"
+    exit_status = ExitStatus.USAGE
+    advice = "Choose another format, or leave disks out with --disk."
+
+
+class ArchiveDamaged(ArchiveError):
+    """The archive contradicts itself, fails a checksum, or ends too early."""
+
+    code = "archive-damaged"
+    exit_status = ExitStatus.DAMAGED
+    advice = "`casbackup archive verify` lists all that is wrong, `casbackup archive salvage` rescues what is intact."
+
+
+class ArchiveIncomplete(ArchiveError):
+    """The archive lacks parts of its disks."""
+
+    code = "archive-incomplete"
+    exit_status = ExitStatus.INCOMPLETE
+    advice = "`--allow-incomplete` takes what is there and records what is missing."
 
 
 class NbdError(CasbackupError):
