@@ -1,0 +1,122 @@
+"""Storing the segments, tree nodes and configs of one session, and counting what that took.
+
+A segment's leaf is asked for first; if the other side has it, it has all its chunks (the closure invariant), and the
+segment is done with one look-up. Otherwise the chunks that are missing are compressed and sent, then the leaf.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from blake3 import blake3
+
+from casbackup.chunking.block_sample import BlockSampleChunker, Span
+from casbackup.codec.hashing import CHUNK_KEY, blob_id
+from casbackup.codec.records import encode_blob, encode_record
+from casbackup.ids import ZERO_ID, BlobId
+from casbackup.jobs.segments import Filled
+from casbackup.peer.api import PeerSession
+from casbackup.progress import Progress
+from casbackup.spec.config import RepositoryConfig
+from casbackup.spec.manifest import BackupStats, ConfigRecord
+from casbackup.spec.node import Extent, zero_extent
+from casbackup.spec.record import BlobKind, Record
+from casbackup.tree.builder import leaf_bytes
+
+
+class SegmentStore:
+    """Safe from several threads. ``done_bytes``: bytes of disks that are accounted for."""
+
+    def __init__(self, session: PeerSession, config: RepositoryConfig, progress: Progress) -> None:
+        self._session = session
+        self._progress = progress
+        self._level = config.compression_level
+        self._chunker = BlockSampleChunker(config.chunker)
+        self._lock = threading.Lock()
+        self._read_bytes = self._zero_bytes = self._reused_bytes = 0
+        self._new_bytes = self._new_stored_bytes = self._new_chunks = 0
+        self.done_bytes = 0
+
+    def segment(self, buffer: bytearray, view: memoryview, filled: Filled) -> BlobId:
+        """Store one segment, which ``buffer`` holds and ``view`` shows; returns its leaf's id."""
+        spans = self._chunker.spans(buffer, filled.length)
+        extents = [
+            zero_extent(s.length)
+            if s.is_zero
+            else Extent(s.length, 0, BlobId(blake3(view[s.offset : s.offset + s.length], key=CHUNK_KEY).digest()))
+            for s in spans
+        ]
+        node = leaf_bytes(extents)
+        if node is None:
+            self._count(filled, zero_bytes=filled.length)
+            return ZERO_ID
+        leaf = blob_id(BlobKind.NODE, node)
+        zero_bytes = sum(s.length for s in spans if s.is_zero)
+        if not self._session.missing([leaf]):
+            self._count(filled, zero_bytes)
+            return leaf
+        chunks = self._missing_chunks(view, spans, extents)
+        stored = self._session.send(chunks)
+        node_stored = self._session.send([encode_record(BlobKind.NODE, leaf, node, self._level)])
+        self._count(
+            filled, zero_bytes, stored.plain_bytes, stored.stored_bytes + node_stored.stored_bytes, stored.blobs
+        )
+        return leaf
+
+    def nodes(self, nodes: Sequence[bytes]) -> list[BlobId]:
+        """Store inner nodes; what the tree builder asks for."""
+        ids = [blob_id(BlobKind.NODE, node) for node in nodes]
+        missing = self._session.missing(list(dict.fromkeys(ids)))
+        for identity, node in zip(ids, nodes, strict=True):
+            if identity in missing:
+                stored = self._session.send([encode_record(BlobKind.NODE, identity, node, self._level)])
+                self._new_stored_bytes += stored.stored_bytes
+        return ids
+
+    def config(self, name: str, content: bytes) -> ConfigRecord:
+        record = encode_blob(BlobKind.CONFIG, content, self._level)
+        if self._session.missing([record.id]):
+            self._new_stored_bytes += self._session.send([record]).stored_bytes
+        return ConfigRecord(name, len(content), record.id)
+
+    def known_zeros(self, length: int) -> None:
+        """Count bytes that are zero without anybody having read them."""
+        with self._lock:
+            self.done_bytes += length
+            self._zero_bytes += length
+        self._progress.advance(done=length, zero=length)
+
+    def stats(self, duration_ms: int) -> BackupStats:
+        return BackupStats(
+            read_bytes=self._read_bytes,
+            zero_bytes=self._zero_bytes,
+            reused_bytes=self._reused_bytes,
+            new_bytes=self._new_bytes,
+            new_stored_bytes=self._new_stored_bytes,
+            new_chunks=self._new_chunks,
+            duration_ms=duration_ms,
+        )
+
+    def _missing_chunks(self, view: memoryview, spans: Sequence[Span], extents: Sequence[Extent]) -> list[Record]:
+        places = {e.id: s for s, e in zip(spans, extents, strict=True) if not s.is_zero}
+        missing = self._session.missing(list(places))
+        return [
+            encode_record(BlobKind.CHUNK, chunk, view[s.offset : s.offset + s.length], self._level)
+            for chunk, s in places.items()
+            if chunk in missing
+        ]
+
+    def _count(
+        self, filled: Filled, zero_bytes: int, new_bytes: int = 0, stored_bytes: int = 0, new_chunks: int = 0
+    ) -> None:
+        reused = filled.length - zero_bytes - new_bytes
+        with self._lock:
+            self.done_bytes += filled.length
+            self._read_bytes += filled.read_bytes
+            self._zero_bytes += zero_bytes
+            self._reused_bytes += reused
+            self._new_bytes += new_bytes
+            self._new_stored_bytes += stored_bytes
+            self._new_chunks += new_chunks
+        self._progress.advance(done=filled.length, zero=zero_bytes, reused=reused, new=new_bytes)
