@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from casbackup.fs import Buffer
 
@@ -99,6 +99,10 @@ class ByteSource(Protocol):
     @property
     def seekable(self) -> bool: ...
 
+    @property
+    def size_bytes(self) -> int | None:
+        """Of the whole archive where that is known beforehand, as for a file; always known if ``seekable``."""
+
     def read_into(self, buffer: memoryview) -> int:
         """Fill the buffer; returns less than its length only at the end.
 
@@ -109,6 +113,14 @@ class ByteSource(Protocol):
         """Only if ``seekable``."""
 
     def tell(self) -> int: ...
+
+
+@runtime_checkable
+class SparseSource(ByteSource, Protocol):
+    """A seekable source that knows its holes: what a file with SEEK_DATA may offer besides."""
+
+    def next_data(self, offset: int) -> ByteRange | None:
+        """The first range from ``offset`` on that may hold anything but zeros; None: there is none up to the end."""
 
 
 class ByteTarget(Protocol):
