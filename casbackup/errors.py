@@ -18,7 +18,8 @@
      +- TargetError
      |   +- TargetExists, TargetTooSmall, TargetUnsuitable, TargetUnwritable, TargetClosed
      +- ArchiveError          something is wrong with an archive of another format
-     |   +- ArchiveUnknown, ArchiveUnsupported, ArchiveLimit, ArchiveDamaged, ArchiveIncomplete
+     |   +- ArchiveUnknown, ArchiveUnsupported, ArchiveLimit, ArchiveDamaged, ArchiveIncomplete,
+     |   +- ArchivePluginBroken
      +- NbdError
      |   +- NbdConnectionFailed, NbdProtocolError, NbdRequestFailed
      +- Interrupted
@@ -484,6 +485,13 @@ class ArchiveIncomplete(ArchiveError):
     code = "archive-incomplete"
     exit_status = ExitStatus.INCOMPLETE
     advice = "`--allow-incomplete` takes what is there and records what is missing."
+
+
+class ArchivePluginBroken(ArchiveError):
+    """An installed plugin for an archive format cannot be loaded or fails at the first call."""
+
+    code = "archive-plugin-broken"
+    advice = "Update or remove the package named in the message; the other formats work without it."
 
 
 class NbdError(CasbackupError):

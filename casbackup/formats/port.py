@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from casbackup.formats.findings import Finding
 from casbackup.fs import Buffer
 
 ENTRY_POINTS = "casbackup.formats"
@@ -236,6 +237,37 @@ class ArchiveWriter(Protocol):
         """
 
 
+class ArchiveVerifier(Protocol):
+    """Looks for all that is wrong with an archive. Formats without one are verified by reading them
+    (``formats.verify``).
+    """
+
+    def findings(self, source: ByteSource, *, quick: bool = False) -> Iterator[Finding]:
+        """Everything that is wrong, as it is found; never stops at the first. What is missing comes last.
+
+        ``quick``: read no more than the format's own structures, and skip the data where the source can seek.
+
+        :raise SourceError: when reading fails. Damage is a finding, never raised; so is what is decompressed being
+            damaged (``ArchiveDamaged`` of the source), after which nothing more can be read.
+        """
+
+
+class SalvagedArchive(Archive, Protocol):
+    """What could be rescued of a damaged archive. ``events`` raises no ``ArchiveDamaged``; no byte comes twice."""
+
+    def findings(self) -> Sequence[Finding]:
+        """What was damaged and what is lost: all of it once ``events`` has ended."""
+
+
+class ArchiveSalvager(Protocol):
+    def open(self, source: ByteSource) -> SalvagedArchive:
+        """Search the whole archive for what is intact; the data is read by ``events``.
+
+        :raise ArchiveUnsupported: when the source cannot seek.
+        :raise ArchiveDamaged: when there is nothing in it to rescue.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class ArchiveFormat:
     """A format plugin. ``options`` of a writer are the names that ``writer`` takes as keywords, with their meaning."""
@@ -249,3 +281,5 @@ class ArchiveFormat:
     reader: Callable[[], ArchiveReader] | None = None
     writer: Callable[..., ArchiveWriter] | None = None
     options: tuple[tuple[str, str], ...] = ()
+    verifier: Callable[[], ArchiveVerifier] | None = None
+    salvager: Callable[[], ArchiveSalvager] | None = None

@@ -1,0 +1,125 @@
+"""Finding formats: by name, by a file's suffix, by an archive's first bytes.
+
+Formats are entry points in the group ``casbackup.formats``, the built-in ones like anybody's:
+
+    [project.entry-points."casbackup.formats"]
+    myformat = "mypackage.mymodule:FORMAT"        an ArchiveFormat whose name is "myformat"
+
+Listing entry points takes some 30 ms and loading them imports their modules, so both happen when they are first
+needed. A plugin that cannot be loaded spoils nothing but itself: it is an error to ask for it by name, and it is
+named where nothing else fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+
+from casbackup.errors import ArchivePluginBroken, ArchiveUnknown
+from casbackup.formats.guess import looks_like
+from casbackup.formats.port import ENTRY_POINTS, ArchiveFormat
+
+
+def format_names() -> list[str]:
+    """Names of all formats that are installed, whether or not they can be loaded. Loads none."""
+    return sorted(_entry_points())
+
+
+def all_formats() -> list[ArchiveFormat]:
+    """All formats that can be loaded, by name."""
+    return list(_loaded_formats())
+
+
+def broken_formats() -> list[ArchivePluginBroken]:
+    """Why the other ones cannot be loaded."""
+    found = (_loaded(name) for name in format_names())
+    return [error for error in found if isinstance(error, ArchivePluginBroken)]
+
+
+def format_by_name(name: str) -> ArchiveFormat:
+    """The format of that name; loads no other.
+
+    :raise ArchiveUnknown: when there is none. :raise ArchivePluginBroken: when it cannot be loaded.
+    """
+    if name not in _entry_points():
+        raise ArchiveUnknown(f"there is no archive format {name!r}; there are {_listed(format_names())}")
+    loaded = _loaded(name)
+    if isinstance(loaded, ArchivePluginBroken):
+        raise loaded
+    return loaded
+
+
+def format_by_suffix(path: str) -> ArchiveFormat:
+    """The format that a file's name ends like, the longest suffix first; upper and lower case are the same.
+
+    :raise ArchiveUnknown: when there is none.
+    """
+    lower = path.lower()
+    fitting = [(len(s), f) for f in _loaded_formats() for s in f.suffixes if lower.endswith(s.lower())]
+    if not fitting:
+        endings = _listed([suffix for f in _loaded_formats() for suffix in f.suffixes])
+        raise ArchiveUnknown(f"the name {path!r} does not tell a format; these endings do: {endings}{_broken_note()}")
+    return max(fitting, key=lambda pair: pair[0])[1]
+
+
+def recognise(first_bytes: bytes, name: str = "the input") -> ArchiveFormat:
+    """The format of an archive that begins like this. ``first_bytes``: ``RECOGNISE_BYTES`` of it, or all it has.
+
+    :raise ArchiveUnknown: when no format knows it; the message says what it looks like.
+    """
+    for archive_format in _loaded_formats():
+        if _recognises(archive_format, first_bytes):
+            return archive_format
+    raise ArchiveUnknown(
+        f"{name} is in no known archive format; it looks like {looks_like(first_bytes)}{_broken_note()}"
+    )
+
+
+def _recognises(archive_format: ArchiveFormat, first_bytes: bytes) -> bool:
+    try:
+        return archive_format.recognises(first_bytes)
+    except Exception as error:  # it is somebody else's code
+        raise ArchivePluginBroken(f"format {archive_format.name} failed to look at the input: {error!r}") from error
+
+
+def _loaded_formats() -> Iterator[ArchiveFormat]:
+    for name in format_names():
+        loaded = _loaded(name)
+        if isinstance(loaded, ArchiveFormat):
+            yield loaded
+
+
+@cache
+def _entry_points() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+
+
+@cache
+def _loaded(name: str) -> ArchiveFormat | ArchivePluginBroken:
+    """Each is loaded once. An error is kept, not raised, so that it is told only to whom it concerns."""
+    point = _entry_points()[name]
+    where = f"archive format {name} ({point.value}{_package(point)})"
+    try:
+        loaded = point.load()
+    except Exception as error:  # noqa: BLE001 - importing somebody else's code may raise anything
+        return ArchivePluginBroken(f"{where} cannot be loaded: {type(error).__name__}: {error}")
+    if not isinstance(loaded, ArchiveFormat):
+        return ArchivePluginBroken(f"{where} is a {type(loaded).__name__} instead of an ArchiveFormat")
+    if loaded.name != name:
+        return ArchivePluginBroken(f"{where} calls itself {loaded.name!r}")
+    return loaded
+
+
+def _package(point: EntryPoint) -> str:
+    return f" of package {point.dist.name} {point.dist.version}" if point.dist else ""
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _broken_note() -> str:
+    """Which formats could not be asked, for messages that nothing fits."""
+    broken = broken_formats()
+    return f"; not asked: {'; '.join(map(str, broken))}" if broken else ""
