@@ -44,3 +44,33 @@ INITIAL_INDEX_MAP_BYTES = 256 * MiB
 
 INDEX_BATCH_ENTRIES = 50_000
 """Entries that one index transaction changes at the most, so that other writers get their turn."""
+
+MAX_QUESTION_IDS = 65_536
+"""Ids of one question to a server for what is missing; also of one request for records."""
+
+MAX_KNOWN_IDS = 1_048_576
+"""Tree nodes of a VM's last snapshot that a server tells a backup beforehand: those of 4 TiB."""
+
+UPLOAD_BYTES = 4 * MiB
+"""A client sends about so much in one request."""
+
+MAX_UPLOAD_BYTES = 32 * MiB
+"""The largest request with records; a record of the largest blob fits."""
+
+MAX_REQUEST_BYTES = 8 * MiB
+"""The largest other request: a manifest of the largest size, or a full question, fits."""
+
+UPLOADS_IN_FLIGHT = 4
+"""Requests with records that a client has under way at once."""
+
+MAX_UPLOADING_BYTES = 64 * MiB
+"""Records that a server has in memory while they arrive, of all clients; others wait."""
+
+MAX_FORGET = 10_000
+"""Snapshots that one request forgets or accounts for."""
+
+MAX_TOKENS = 10_000
+"""Tokens of one repository."""
+
+ASSEMBLER_BYTES = 128 * MiB
+"""What an import keeps in memory of segments that are not complete yet."""

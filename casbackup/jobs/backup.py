@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from casbackup.clock import Clock, SystemClock
@@ -54,18 +54,25 @@ class BackupRequest:
         names = [disk.name for disk in self.disks]
         for repeated in {name for name in names if names.count(name) > 1}:
             raise DuplicateDisk(f"disk {repeated} is given twice")
-        if len(names) > MAX_DISKS or len(self.configs) > MAX_CONFIGS or len(self.labels) > MAX_LABELS:
-            raise UsageError(f"more than {MAX_DISKS} disks, {MAX_CONFIGS} configs or {MAX_LABELS} labels")
+        if len(names) > MAX_DISKS or len(self.configs) > MAX_CONFIGS:
+            raise UsageError(f"more than {MAX_DISKS} disks or {MAX_CONFIGS} configs")
         if not names and not self.configs:
             raise UsageError("there is neither a disk nor a config to back up")
         for name, content in self.configs.items():
             parse_config_name(name)
             if len(content) > MAX_CONFIG_BYTES:
                 raise UsageError(f"config {name} has {len(content)} bytes, more than {MAX_CONFIG_BYTES}")
-        for label in self.labels:
-            parse_label(label)
-        if len(self.notes.encode()) > MAX_NOTES_BYTES:
-            raise UsageError(f"the notes have more than {MAX_NOTES_BYTES} bytes")
+        check_annotations(self.labels, self.notes)
+
+
+def check_annotations(labels: Sequence[str], notes: str) -> None:
+    """:raise UsageError: when a label is none, or there is too much of them."""
+    if len(labels) > MAX_LABELS:
+        raise UsageError(f"more than {MAX_LABELS} labels")
+    for label in labels:
+        parse_label(label)
+    if len(notes.encode()) > MAX_NOTES_BYTES:
+        raise UsageError(f"the notes have more than {MAX_NOTES_BYTES} bytes")
 
 
 def backup(
@@ -81,12 +88,16 @@ def backup(
     request.check()
     clock = clock or SystemClock()
     time_ms = request.time_ms if request.time_ms is not None else clock.now_ms()
-    if request.resume is None:
-        session = peer.open_session(request.namespace, request.vm)
-    else:
-        session = peer.resume_session(request.resume)
-    try:
+    with parked_on_error(peer, request.namespace, request.vm, request.resume) as session:
         return _Backup(peer, session, request, progress or NoProgress(), clock).run(time_ms)
+
+
+@contextlib.contextmanager
+def parked_on_error(peer: Peer, namespace: Namespace, vm: VmName, resume: SessionId | None) -> Iterator[PeerSession]:
+    """A session, opened or resumed; what is stored in it before an error can be resumed, see ``backup``."""
+    session = peer.open_session(namespace, vm) if resume is None else peer.resume_session(resume)
+    try:
+        yield session
     except BaseException as error:
         error.__dict__["session"] = session.id
         with contextlib.suppress(CasbackupError):

@@ -22,6 +22,7 @@ from casbackup.spec.config import RepositoryConfig
 from casbackup.spec.manifest import BackupStats, ConfigRecord
 from casbackup.spec.node import Extent, zero_extent
 from casbackup.spec.record import BlobKind, Record
+from casbackup.store.writer import StoredBytes
 from casbackup.tree.builder import leaf_bytes
 
 
@@ -41,12 +42,7 @@ class SegmentStore:
     def segment(self, buffer: bytearray, view: memoryview, filled: Filled) -> BlobId:
         """Store one segment, which ``buffer`` holds and ``view`` shows; returns its leaf's id."""
         spans = self._chunker.spans(buffer, filled.length)
-        extents = [
-            zero_extent(s.length)
-            if s.is_zero
-            else Extent(s.length, 0, BlobId(blake3(view[s.offset : s.offset + s.length], key=CHUNK_KEY).digest()))
-            for s in spans
-        ]
+        extents = _extents(view, spans)
         node = leaf_bytes(extents)
         if node is None:
             self._count(filled, zero_bytes=filled.length)
@@ -64,20 +60,33 @@ class SegmentStore:
         )
         return leaf
 
+    def part(self, buffer: bytearray, view: memoryview, filled: Filled) -> list[Extent]:
+        """Store the chunks of a part of a segment, cut on its own; ``leaf`` comes when all parts are stored."""
+        spans = self._chunker.spans(buffer, filled.length)
+        extents = _extents(view, spans)
+        stored = self._session.send(self._missing_chunks(view, spans, extents))
+        zero_bytes = sum(s.length for s in spans if s.is_zero)
+        self._count(filled, zero_bytes, stored.plain_bytes, stored.stored_bytes, stored.blobs)
+        return extents
+
+    def leaf(self, extents: Sequence[Extent]) -> BlobId:
+        """Store the leaf of a segment whose chunks are stored; returns its id."""
+        node = leaf_bytes(extents)
+        return ZERO_ID if node is None else self.nodes([node])[0]
+
     def nodes(self, nodes: Sequence[bytes]) -> list[BlobId]:
-        """Store inner nodes; what the tree builder asks for."""
+        """Store nodes whose children are stored; returns their ids. What the tree builder asks for."""
         ids = [blob_id(BlobKind.NODE, node) for node in nodes]
         missing = self._session.missing(list(dict.fromkeys(ids)))
         for identity, node in zip(ids, nodes, strict=True):
             if identity in missing:
-                stored = self._session.send([encode_record(BlobKind.NODE, identity, node, self._level)])
-                self._new_stored_bytes += stored.stored_bytes
+                self._count_stored(self._session.send([encode_record(BlobKind.NODE, identity, node, self._level)]))
         return ids
 
     def config(self, name: str, content: bytes) -> ConfigRecord:
         record = encode_blob(BlobKind.CONFIG, content, self._level)
         if self._session.missing([record.id]):
-            self._new_stored_bytes += self._session.send([record]).stored_bytes
+            self._count_stored(self._session.send([record]))
         return ConfigRecord(name, len(content), record.id)
 
     def known_zeros(self, length: int) -> None:
@@ -107,6 +116,10 @@ class SegmentStore:
             if chunk in missing
         ]
 
+    def _count_stored(self, stored: StoredBytes) -> None:
+        with self._lock:
+            self._new_stored_bytes += stored.stored_bytes
+
     def _count(
         self, filled: Filled, zero_bytes: int, new_bytes: int = 0, stored_bytes: int = 0, new_chunks: int = 0
     ) -> None:
@@ -120,3 +133,12 @@ class SegmentStore:
             self._new_stored_bytes += stored_bytes
             self._new_chunks += new_chunks
         self._progress.advance(done=filled.length, zero=zero_bytes, reused=reused, new=new_bytes)
+
+
+def _extents(view: memoryview, spans: Sequence[Span]) -> list[Extent]:
+    return [
+        zero_extent(s.length)
+        if s.is_zero
+        else Extent(s.length, 0, BlobId(blake3(view[s.offset : s.offset + s.length], key=CHUNK_KEY).digest()))
+        for s in spans
+    ]

@@ -1,0 +1,380 @@
+"""The segment assembler: from ranges of disks in any order to whole segments, within a fixed amount of memory.
+
+A producer gives every byte of every disk once, as data or as zeros, in whatever order it gets them: an archive of a
+running VM, copy-before-write, a mirror over NBD. Data is gathered in pages of 64 KiB. A segment of 4 MiB goes to the
+sink when it is complete, so that it is cut into chunks as a backup of the image would cut it. When all pages are
+taken, the segment that was touched longest ago is handed on in parts: correct, but its chunks end where the parts do.
+
+Pages hold what has arrived and nothing else, so early clusters scattered over a large disk take no more than their
+own size, and zeros take nothing. Of a segment that was handed on in parts, what the sink wants to remember is kept,
+for chunks some 50 bytes each. When all pages are full of complete segments that wait for a worker, the producer waits.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from struct import Struct
+from types import TracebackType
+from typing import NamedTuple, Protocol, Self
+
+from casbackup.fs import Buffer
+from casbackup.limits import ASSEMBLER_BYTES, BLOCK_BYTES, SEGMENT_BYTES
+from casbackup.units import KiB
+from casbackup.workers import Crew, worker_count
+
+PAGE_BYTES = 64 * KiB
+UNIT_BYTES = 512
+"""Ranges begin at multiples of this, and end there or at the end of the disk."""
+
+_ZEROS = bytes(SEGMENT_BYTES)
+_POLL_S = 0.2
+_ARRIVED = Struct("<I")
+_PART = Struct("<III")
+"""Start, length, length of what the sink wants to remember."""
+
+
+class Part(NamedTuple):
+    """``length`` bytes of a segment from ``start``, which the sink has; ``memo`` is what it returned then."""
+
+    start: int
+    length: int
+    memo: bytes
+
+
+class SegmentSink(Protocol):
+    """What takes the segments. Called from worker threads, for different segments at once.
+
+    A ``buffer`` is lent for the call, has SEGMENT_BYTES, and ``view`` shows it. It holds zeros from ``length`` to the
+    end of the last block.
+    """
+
+    def segment(self, disk: int, number: int, buffer: bytearray, view: memoryview, length: int) -> None:
+        """A complete segment, with some data in it."""
+
+    def part(self, disk: int, number: int, start: int, buffer: bytearray, view: memoryview, length: int) -> bytes:
+        """``length`` bytes of a segment from ``start``, because memory is short. Returns what to remember."""
+
+    def join(self, disk: int, number: int, parts: Sequence[Part]) -> None:
+        """A segment is complete that came in ``parts``, ascending; what is between them is zero."""
+
+    def zeros(self, disk: int, offset: int, length: int) -> None:
+        """Whole segments that are zero. Called by the producer."""
+
+
+class _Segment:
+    """One that is incomplete: where its data lies, and what was handed on. ``runs``: [start, end) of data in pages."""
+
+    __slots__ = ("arrived", "pages", "parts", "pending", "runs")
+
+    def __init__(self, arrived: int = 0, parts: list[Part] | None = None) -> None:
+        self.arrived = arrived
+        self.parts = parts or []
+        self.pages: dict[int, int] = {}
+        self.runs: list[list[int]] = []
+        self.pending = 0
+
+    def add_run(self, start: int, end: int) -> None:
+        runs = self.runs
+        if runs and runs[-1][1] == start:  # in order, as almost always
+            runs[-1][1] = end
+            return
+        runs.append([start, end])
+        if len(runs) > 1 and runs[-2][1] > start:
+            self.runs = _merged(sorted(runs))
+
+    def packed(self) -> bytes:
+        parts = b"".join([_PART.pack(p.start, p.length, len(p.memo)) + p.memo for p in self.parts])
+        return _ARRIVED.pack(self.arrived) + parts
+
+
+class _Job(NamedTuple):
+    """Pages to hand on. ``segment`` None: they are all of it."""
+
+    disk: int
+    number: int
+    pages: dict[int, int]
+    runs: list[list[int]]
+    segment: _Segment | None
+
+
+class Assembler:
+    """Use it as a context: ``put`` and ``zeros`` from any number of threads, then ``finish``.
+
+    With ``workers`` 0 the sink is called by the producer, of which there may be one only then; what comes in
+    ascending order reaches the sink in that order.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        sink: SegmentSink,
+        *,
+        budget_bytes: int = ASSEMBLER_BYTES,
+        workers: int | None = None,
+    ) -> None:
+        """``sizes``: of the disks, in bytes. ``budget_bytes``: for pages and the workers' buffers together."""
+        self._sizes = sizes
+        self._sink = sink
+        self._workers = worker_count() if workers is None else workers
+        pages = max(1, (budget_bytes - self._workers * SEGMENT_BYTES) // PAGE_BYTES)
+        memory = memoryview(mmap.mmap(-1, pages * PAGE_BYTES))
+        self._pages = [memory[n * PAGE_BYTES : (n + 1) * PAGE_BYTES] for n in range(pages)]
+        self._free = list(range(pages - 1, -1, -1))
+        self._open: OrderedDict[tuple[int, int], _Segment] = OrderedDict()
+        self._packed: dict[tuple[int, int], bytes] = {}
+        self._last: tuple[int, int] | None = None
+        self._jobs: deque[_Job] = deque()
+        self._under_way = 0
+        self._ending = False
+        self._condition = threading.Condition()
+        self._crew = Crew(self._work, self._workers)
+        self._inline: tuple[bytearray, memoryview] | None = None
+
+    def put(self, disk: int, offset: int, data: Buffer) -> None:
+        """``data`` stands at ``offset``; it is copied. Waits while there is no room.
+
+        Errors of the sink come out here, or in ``finish``.
+        """
+        view = memoryview(data).cast("B") if isinstance(data, memoryview) else memoryview(data)
+        with self._condition:
+            while view:
+                number, start = divmod(offset, SEGMENT_BYTES)
+                page, first = divmod(start, PAGE_BYTES)
+                length = min(PAGE_BYTES - first, len(view))
+                if self._store(disk, number, page, first, view[:length]):
+                    offset += length
+                    view = view[length:]
+
+    def zeros(self, disk: int, offset: int, length: int) -> None:
+        """``length`` bytes from ``offset`` are zero. Costs the same for a page and for a terabyte."""
+        end = offset + length
+        with self._condition:
+            self._check()
+            while offset < end:
+                number, start = divmod(offset, SEGMENT_BYTES)
+                whole_end = end if end == self._sizes[disk] else end // SEGMENT_BYTES * SEGMENT_BYTES
+                if start == 0 and whole_end > offset:
+                    self._sink.zeros(disk, offset, whole_end - offset)
+                    offset = whole_end
+                else:
+                    stop = min(end, (number + 1) * SEGMENT_BYTES)
+                    self._zeros_within(disk, number, stop - offset)
+                    offset = stop
+
+    def finish(self) -> None:
+        """Everything was given: wait until the sink has it."""
+        with self._condition:
+            assert not self._packed and all(s.arrived == self._length(*key) for key, s in self._open.items()), (
+                "segments are incomplete"
+            )
+            self._ending = True
+            self._condition.notify_all()
+        self._crew.join()
+
+    def __enter__(self) -> Self:
+        self._crew.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._condition:
+            self._ending = True
+            self._jobs.clear()
+            self._condition.notify_all()
+        self._crew.__exit__(kind, error, trace)
+
+    # --- the producer's side; the condition is held
+
+    def _store(self, disk: int, number: int, page: int, first: int, data: memoryview) -> bool:
+        """Copy data of one page; False when room had to be made, and all may have changed meanwhile."""
+        key = disk, number
+        segment = self._segment(key)
+        place = segment.pages.get(page)
+        if place is None:
+            if not self._free:
+                self._make_room()
+                return False
+            place = segment.pages[page] = self._free.pop()
+        self._pages[place][first : first + len(data)] = data
+        start = page * PAGE_BYTES + first
+        segment.add_run(start, start + len(data))
+        segment.arrived += len(data)
+        if segment.arrived == self._length(disk, number):
+            self._complete(key, segment)
+        return True
+
+    def _segment(self, key: tuple[int, int]) -> _Segment:
+        segment = self._open.get(key)
+        if segment is None:
+            self._check()
+            segment = self._open[key] = _unpacked(self._packed.pop(key, b""))
+        elif key != self._last:
+            self._open.move_to_end(key)
+        self._last = key
+        return segment
+
+    def _zeros_within(self, disk: int, number: int, length: int) -> None:
+        key = disk, number
+        segment = self._open.get(key)
+        if segment is None:
+            segment = _unpacked(self._packed.pop(key, b""))
+        segment.arrived += length
+        if segment.arrived == self._length(disk, number):
+            self._complete(key, segment)
+        elif key not in self._open:
+            self._packed[key] = segment.packed()
+
+    def _complete(self, key: tuple[int, int], segment: _Segment) -> None:
+        disk, number = key
+        if segment.parts or segment.pending:
+            self._hand_on_part(key, segment)
+        elif segment.runs:
+            self._open.pop(key, None)
+            self._enqueue(_Job(disk, number, segment.pages, segment.runs, None))
+        else:
+            self._open.pop(key, None)
+            self._sink.zeros(disk, number * SEGMENT_BYTES, self._length(disk, number))
+
+    def _hand_on_part(self, key: tuple[int, int], segment: _Segment) -> None:
+        """Hand on what is in pages. The segment stays open until the sink has it."""
+        self._open[key] = segment
+        job = _Job(*key, segment.pages, segment.runs, segment)
+        segment.pages, segment.runs = {}, []
+        segment.pending += 1
+        self._enqueue(job)
+
+    def _make_room(self) -> None:
+        """Returns when there may be a free page."""
+        self._check()
+        if self._under_way < max(1, self._workers):  # no worker is about to free some: give them work
+            for key, segment in self._open.items():
+                if segment.pages:
+                    self._hand_on_part(key, segment)
+                    break
+        if self._workers:
+            self._condition.wait(_POLL_S)
+
+    def _enqueue(self, job: _Job) -> None:
+        self._under_way += 1
+        if not self._workers:
+            if self._inline is None:
+                buffer = bytearray(SEGMENT_BYTES)
+                self._inline = buffer, memoryview(buffer)
+            self._do(job, *self._inline)
+            return
+        self._jobs.append(job)
+        self._condition.notify_all()
+
+    def _check(self) -> None:
+        self._crew.check()
+        assert not self._ending, "the assembler was ended"
+
+    def _length(self, disk: int, number: int) -> int:
+        return min(SEGMENT_BYTES, self._sizes[disk] - number * SEGMENT_BYTES)
+
+    # --- the workers' side
+
+    def _work(self, stop: threading.Event) -> None:
+        buffer = bytearray(SEGMENT_BYTES)
+        view = memoryview(buffer)
+        while (job := self._next_job(stop)) is not None:
+            self._do(job, buffer, view)
+
+    def _next_job(self, stop: threading.Event) -> _Job | None:
+        with self._condition:
+            while not stop.is_set():
+                if self._jobs:
+                    return self._jobs.popleft()
+                if self._ending:
+                    return None
+                self._condition.wait(_POLL_S)
+        return None
+
+    def _do(self, job: _Job, buffer: bytearray, view: memoryview) -> None:
+        if job.segment is None:
+            length = self._length(job.disk, job.number)
+            self._gather_all(job, view, length)
+            self._release(job)
+            self._sink.segment(job.disk, job.number, buffer, view, length)
+        else:
+            parts = [self._hand_on(job, start, end, buffer, view) for start, end in job.runs]
+            self._release(job)
+            self._settle(job.disk, job.number, job.segment, parts)
+
+    def _gather_all(self, job: _Job, view: memoryview, length: int) -> None:
+        position = 0
+        for start, end in job.runs:
+            _clear(view, position, start)
+            self._gather(job.pages, start, end, view[start:end])
+            position = end
+        _clear(view, position, _padded(length))
+
+    def _hand_on(self, job: _Job, start: int, end: int, buffer: bytearray, view: memoryview) -> Part:
+        length = end - start
+        self._gather(job.pages, start, end, view[:length])
+        _clear(view, length, _padded(length))
+        return Part(start, length, self._sink.part(job.disk, job.number, start, buffer, view, length))
+
+    def _gather(self, pages: dict[int, int], start: int, end: int, target: memoryview) -> None:
+        position = start
+        while position < end:
+            page, first = divmod(position, PAGE_BYTES)
+            stop = min(end, (page + 1) * PAGE_BYTES)
+            target[position - start : stop - start] = self._pages[pages[page]][first : first + stop - position]
+            position = stop
+
+    def _release(self, job: _Job) -> None:
+        with self._condition:
+            self._under_way -= 1
+            self._free += job.pages.values()
+            self._condition.notify_all()
+
+    def _settle(self, disk: int, number: int, segment: _Segment, parts: list[Part]) -> None:
+        """Remember parts that the sink has now; the last of a segment has them joined."""
+        key = disk, number
+        with self._condition:
+            segment.parts += parts
+            segment.pending -= 1
+            if segment.pending or segment.pages:
+                return
+            del self._open[key]
+            if segment.arrived < self._length(disk, number):
+                self._packed[key] = segment.packed()
+                return
+        self._sink.join(disk, number, sorted(segment.parts))
+
+
+def _unpacked(packed: bytes) -> _Segment:
+    if not packed:
+        return _Segment()
+    parts: list[Part] = []
+    position = _ARRIVED.size
+    while position < len(packed):
+        start, length, memo_length = _PART.unpack_from(packed, position)
+        position += _PART.size
+        parts.append(Part(start, length, packed[position : position + memo_length]))
+        position += memo_length
+    return _Segment(_ARRIVED.unpack_from(packed)[0], parts)
+
+
+def _merged(runs: list[list[int]]) -> list[list[int]]:
+    merged: list[list[int]] = []
+    for run in runs:
+        if merged and merged[-1][1] == run[0]:
+            merged[-1][1] = run[1]
+        else:
+            merged.append(run)
+    return merged
+
+
+def _padded(length: int) -> int:
+    return -(-length // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def _clear(view: memoryview, start: int, end: int) -> None:
+    if start < end:
+        view[start:end] = _ZEROS[: end - start]
