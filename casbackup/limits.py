@@ -74,3 +74,9 @@ MAX_TOKENS = 10_000
 
 ASSEMBLER_BYTES = 128 * MiB
 """What an import keeps in memory of segments that are not complete yet."""
+
+MAX_RECORDED_GAPS = 10_000
+"""Missing ranges that the manifest of an incomplete import records."""
+
+MAX_ARCHIVE_NAMES_BYTES = 1 * MiB
+"""All names of an imported archive together; the manifest keeps them."""

@@ -57,8 +57,8 @@ class SegmentSink(Protocol):
     def part(self, disk: int, number: int, start: int, buffer: bytearray, view: memoryview, length: int) -> bytes:
         """``length`` bytes of a segment from ``start``, because memory is short. Returns what to remember."""
 
-    def join(self, disk: int, number: int, parts: Sequence[Part]) -> None:
-        """A segment is complete that came in ``parts``, ascending; what is between them is zero."""
+    def join(self, disk: int, number: int, length: int, parts: Sequence[Part]) -> None:
+        """A segment of ``length`` is complete that came in ``parts``, ascending; what is between them is zero."""
 
     def zeros(self, disk: int, offset: int, length: int) -> None:
         """Whole segments that are zero. Called by the producer."""
@@ -336,16 +336,17 @@ class Assembler:
     def _settle(self, disk: int, number: int, segment: _Segment, parts: list[Part]) -> None:
         """Remember parts that the sink has now; the last of a segment has them joined."""
         key = disk, number
+        length = self._length(disk, number)
         with self._condition:
             segment.parts += parts
             segment.pending -= 1
             if segment.pending or segment.pages:
                 return
             del self._open[key]
-            if segment.arrived < self._length(disk, number):
+            if segment.arrived < length:
                 self._packed[key] = segment.packed()
                 return
-        self._sink.join(disk, number, sorted(segment.parts))
+        self._sink.join(disk, number, length, sorted(segment.parts))
 
 
 def _unpacked(packed: bytes) -> _Segment:

@@ -39,6 +39,8 @@ from casbackup.limits import MAX_DISK_BYTES, MAX_MANIFEST_BYTES
 from casbackup.spec.magic import MANIFEST
 
 VERSION = 1
+VMSTATE = "vmstate"
+"""Role of a disk that is the VM's RAM and device state."""
 _HEADER = Struct("<8sHHI")
 _CHECKSUM_BYTES = 32
 
@@ -47,12 +49,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class DiskRecord:
-    """One disk: its size, the root of its tree (zero id: all zero), where it was read from (for people)."""
+    """One disk: its size, the root of its tree (zero id: all zero), where it was read from (for people).
+
+    ``role``: what it is if it is no disk: ``VMSTATE``.
+    """
 
     name: DiskName
     size_bytes: int
     root: BlobId
     source: str = ""
+    role: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,39 @@ class ConfigRecord:
     name: str
     size_bytes: int
     id: BlobId
+
+
+@dataclass(frozen=True, slots=True)
+class ArchivedDisk:
+    """What an archive called a disk."""
+
+    name: str
+    device_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MissingRange:
+    """Bytes that an archive did not have, and that are zero in the snapshot. ``disk``: its place in the manifest."""
+
+    disk: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveOrigin:
+    """What the archive that a snapshot was imported from said of itself, so that an export can say the same.
+
+    ``disks`` and ``configs`` are the names that the archive gave them, in the order of the manifest's. Text that is
+    not UTF-8 is kept with surrogate escapes.
+    """
+
+    format: str
+    uuid: bytes | None = None
+    time_s: int | None = None
+    disks: tuple[ArchivedDisk, ...] = ()
+    configs: tuple[str, ...] = ()
+    missing: tuple[MissingRange, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +132,8 @@ class Manifest:
     host: str = ""
     program: str = ""
     stats: BackupStats = field(default_factory=BackupStats)
+    archive: ArchiveOrigin | None = None
+    """Of a snapshot that was imported."""
 
     @property
     def size_bytes(self) -> int:
@@ -111,7 +152,7 @@ class Sidecar:
 
 def encode_manifest(manifest: Manifest) -> tuple[bytes, SnapshotId]:
     """The file's bytes and the snapshot's id."""
-    body: bytes = msgpack.packb(_to_map(manifest))
+    body: bytes = msgpack.packb(_to_map(manifest), unicode_errors="surrogateescape")
     head = _HEADER.pack(MANIFEST, VERSION, 0, len(body)) + body
     data = head + blake3(head).digest()
     return data, SnapshotId(blake3(data).hexdigest())
@@ -130,7 +171,7 @@ def decode_manifest(data: bytes, origin: str) -> tuple[Manifest, SnapshotId]:
     if blake3(data[:-_CHECKSUM_BYTES]).digest() != data[-_CHECKSUM_BYTES:]:
         raise ManifestDamaged(f"manifest {origin} fails its checksum")
     try:
-        body = msgpack.unpackb(data[_HEADER.size : -_CHECKSUM_BYTES])
+        body = msgpack.unpackb(data[_HEADER.size : -_CHECKSUM_BYTES], unicode_errors="surrogateescape")
         manifest = _from_map(body)
     except (ValueError, TypeError, KeyError, InvalidName, msgpack.UnpackException) as error:
         raise ManifestDamaged(f"manifest {origin} is not understood: {error}") from error
@@ -155,12 +196,12 @@ def decode_sidecar(data: bytes, origin: str) -> Sidecar:
 
 def _to_map(manifest: Manifest) -> dict[str, Any]:
     stats = manifest.stats
-    return {
+    body: dict[str, Any] = {
         "namespace": manifest.namespace,
         "vm": manifest.vm,
         "time_ms": manifest.time_ms,
         "sequence": manifest.sequence,
-        "disks": [[d.name, d.size_bytes, d.root, d.source] for d in manifest.disks],
+        "disks": [[d.name, d.size_bytes, d.root, d.source, *([d.role] if d.role else ())] for d in manifest.disks],
         "configs": [[c.name, c.size_bytes, c.id] for c in manifest.configs],
         "parent": manifest.parent,
         "labels": list(manifest.labels),
@@ -168,6 +209,20 @@ def _to_map(manifest: Manifest) -> dict[str, Any]:
         "host": manifest.host,
         "program": manifest.program,
         "stats": {name: getattr(stats, name) for name in BackupStats.__slots__},
+    }
+    if manifest.archive is not None:
+        body["archive"] = _archive_map(manifest.archive)
+    return body
+
+
+def _archive_map(archive: ArchiveOrigin) -> dict[str, Any]:
+    return {
+        "format": archive.format,
+        "uuid": archive.uuid,
+        "time_s": archive.time_s,
+        "disks": [[d.name, d.device_id] for d in archive.disks],
+        "configs": list(archive.configs),
+        "missing": [[m.disk, m.offset, m.length] for m in archive.missing],
     }
 
 
@@ -186,14 +241,26 @@ def _from_map(body: Mapping[str, Any]) -> Manifest:
         host=_typed(body["host"], str),
         program=_typed(body["program"], str),
         stats=BackupStats(**{name: _typed(stats.get(name, 0), int) for name in BackupStats.__slots__}),
+        archive=_archive(_typed(body["archive"], dict)) if "archive" in body else None,
     )
 
 
-def _disk(name: object, size_bytes: object, root: object, source: object) -> DiskRecord:
+def _archive(body: Mapping[str, Any]) -> ArchiveOrigin:
+    return ArchiveOrigin(
+        format=_typed(body["format"], str),
+        uuid=_optional(body["uuid"], bytes),
+        time_s=_optional(body["time_s"], int),
+        disks=tuple(ArchivedDisk(_typed(name, str), _optional(device, int)) for name, device in body["disks"]),
+        configs=tuple(_typed(name, str) for name in body["configs"]),
+        missing=tuple(MissingRange(*(_typed(number, int) for number in item)) for item in body["missing"]),
+    )
+
+
+def _disk(name: object, size_bytes: object, root: object, source: object, role: object = "") -> DiskRecord:
     size = _typed(size_bytes, int)
     if not 0 <= size <= MAX_DISK_BYTES:
         raise ValueError(f"a disk of {size} bytes")
-    return DiskRecord(parse_disk(_typed(name, str)), size, _blob_id(root), _typed(source, str))
+    return DiskRecord(parse_disk(_typed(name, str)), size, _blob_id(root), _typed(source, str), _typed(role, str))
 
 
 def _blob_id(value: object) -> BlobId:
@@ -207,3 +274,7 @@ def _typed(value: object, kind: type[T]) -> T:
     if not isinstance(value, kind):
         raise TypeError(f"{value!r} where {kind.__name__} was expected")
     return value
+
+
+def _optional(value: object, kind: type[T]) -> T | None:
+    return None if value is None else _typed(value, kind)

@@ -294,8 +294,11 @@ def test_config_keys_are_documented() -> None:
 def test_manifest_keys_are_documented() -> None:
     text = (PAGES / "manifest.md").read_text(encoding="utf-8")
     body = msgpack.unpackb(manifest.encode_manifest(MANIFEST)[0][16:-32])
-    for name in (*body, *(f"stats.{name}" for name in manifest.BackupStats.__slots__)):
+    stats = (f"stats.{name}" for name in manifest.BackupStats.__slots__)
+    archive = (f"archive.{name}" for name in manifest.ArchiveOrigin.__slots__)
+    for name in (*body, *stats, "archive", *archive):
         assert f"| `{name}` |" in text
+    assert f"At most {limits.MAX_RECORDED_GAPS:,} ranges" in text
 
 
 def write_examples() -> None:

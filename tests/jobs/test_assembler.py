@@ -42,15 +42,15 @@ class Disks:
             self.partial.setdefault((disk, number), []).append((start, length))
         return b"%d %d" % (start, length)
 
-    def join(self, disk: int, number: int, parts: Sequence[Part]) -> None:
+    def join(self, disk: int, number: int, length: int, parts: Sequence[Part]) -> None:
         with self._lock:
             known = self.partial.pop((disk, number))
             assert (disk, number) not in self.whole
             self.whole.append((disk, number))
         assert [(p.start, p.length) for p in parts] == sorted(known)
         assert all(p.memo == b"%d %d" % (p.start, p.length) for p in parts)
+        assert length == min(SEGMENT_BYTES, len(self.disks[disk]) - number * SEGMENT_BYTES)
         position = 0
-        length = min(SEGMENT_BYTES, len(self.disks[disk]) - number * SEGMENT_BYTES)
         for start, end in [*((p.start, p.start + p.length) for p in parts), (length, length)]:
             self._clear(disk, number * SEGMENT_BYTES + position, start - position)
             position = end

@@ -293,6 +293,29 @@ def test_manifest_round_trip(
     assert changed.size_bytes == sum(size for _, size, _ in disks) + 3
 
 
+def test_what_an_archive_said_is_kept() -> None:
+    origin = manifest.ArchiveOrigin(
+        "vma",
+        bytes(range(16)),
+        -1,
+        (manifest.ArchivedDisk("drive-\udcff/x", 7), manifest.ArchivedDisk("", None)),
+        ("../a",),
+        (manifest.MissingRange(0, 65536, 2**40),),
+    )
+    state = manifest.DiskRecord(DiskName("vmstate"), 10, CHUNK, role=manifest.VMSTATE)
+    imported = replace(MANIFEST, archive=origin, disks=(*MANIFEST.disks, state))
+    data, snapshot = manifest.encode_manifest(imported)
+    assert manifest.decode_manifest(data, "m") == (imported, snapshot)
+
+
+@pytest.mark.parametrize("change", [{"disks": [["a"]]}, {"uuid": "x"}, {"missing": [[1, 2]]}, {"configs": [1]}])
+def test_a_wrong_archive_part_is_damage(change: dict[str, Any]) -> None:
+    origin = manifest.ArchiveOrigin("vma")
+    body = msgpack.unpackb(manifest.encode_manifest(replace(MANIFEST, archive=origin))[0][16:-32])
+    with pytest.raises(ManifestDamaged):
+        manifest.decode_manifest(sealed_manifest({**body, "archive": {**body["archive"], **change}}), "m")
+
+
 def test_every_flipped_bit_of_a_manifest_is_noticed() -> None:
     data, _ = manifest.encode_manifest(MANIFEST)
     for changed in flips(data):
