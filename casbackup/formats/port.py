@@ -146,6 +146,7 @@ class Order(Enum):
     """In which order events come or must come."""
 
     ANY = "any"
+    """Except that a VM's state comes from its beginning to its end, others' data perhaps in between."""
     ASCENDING = "ascending"
     """Disk after disk in the order of the head, each from its beginning to its end."""
 

@@ -130,7 +130,7 @@ def write_archive(writer: ArchiveWriter, content: Sample, *, seed: int = 0, seek
     writer.check(content.head)
     maps = [data_ranges(data, capabilities.unit_bytes) for data in content.contents]
     output = writer.open(target, content.head, maps if capabilities.needs_map else None)
-    for event in cut_events(content.contents, capabilities, seed):
+    for event in cut_events(content, capabilities, seed):
         give(output, event)
     output.finish()
     return bytes(target.data)
@@ -187,15 +187,16 @@ def data_ranges(data: bytes, unit: int) -> list[ByteRange]:
     return found
 
 
-def cut_events(contents: Sequence[bytes], capabilities: WriterCapabilities, seed: int) -> list[Event]:
-    """Events for all disks, in pieces of random length up to a segment; in random order where that is allowed.
+def cut_events(content: Sample, capabilities: WriterCapabilities, seed: int) -> list[Event]:
+    """Events for all disks, in pieces of random length up to a segment; in random order where that is allowed, but a
+    VM's state ascending.
 
     Zeros come sometimes as such and sometimes as data. Where the writer has a map, zeros outside it are left out
     sometimes.
     """
     chance = random.Random(seed)
     events: list[Event] = []
-    for disk, data in enumerate(contents):
+    for disk, data in enumerate(content.contents):
         for start, end in _cuts(len(data), capabilities.unit_bytes, chance):
             part = data[start:end]
             if part.strip(b"\0") or (not capabilities.needs_map and chance.random() < 0.5):
@@ -204,6 +205,9 @@ def cut_events(contents: Sequence[bytes], capabilities: WriterCapabilities, seed
                 events.append(Zeros(disk, start, end - start))
     if capabilities.order is Order.ANY:
         chance.shuffle(events)
+        state = [number for number, disk in enumerate(content.head.disks) if disk.is_vmstate]
+        in_order = iter(sorted((e for e in events if e.disk in state), key=lambda event: event.offset))
+        events = [next(in_order) if event.disk in state else event for event in events]
     return events
 
 
