@@ -22,6 +22,11 @@
      |   +- ArchivePluginBroken
      +- NbdError
      |   +- NbdConnectionFailed, NbdProtocolError, NbdRequestFailed
+     +- ServerError           a chunk server cannot be reached, or does not do what it is asked
+     |   +- ServerUnreachable, ServerBusy, ServerFault, ServerProtocolError, RequestRefused, NeedsFolder
+     |   +- TokenMissing, TokenInvalid, RightMissing, SessionDetached
+     +- LiveBackupError       a backup beside a running guest
+     |   +- BackupBroken, GuestWriteRefused
      +- Interrupted
 
 A class carries a stable ``code`` (for ``--json`` and the documentation), the process's ``exit_status``,
@@ -521,6 +526,114 @@ class NbdRequestFailed(NbdError):
 
     code = "nbd-request-failed"
     advice = "See the server's log; the storage behind it may be failing."
+
+
+class ServerError(CasbackupError):
+    """A chunk server cannot be reached, or does not do what it is asked."""
+
+    code = "server"
+
+
+class ServerUnreachable(ServerError):
+    """There was no connection to the server, or it broke, and trying again did not help."""
+
+    code = "server-unreachable"
+    retryable = True
+    advice = (
+        "Check the address, that `casbackup serve` runs there, and what is between: network, firewall, certificate."
+    )
+
+
+class ServerBusy(ServerError):
+    """The server has too much to do, or answers this client no more for a while."""
+
+    code = "server-busy"
+    exit_status = ExitStatus.BUSY
+    retryable = True
+    advice = "Try again later; ask the server's administrator if it stays so."
+
+
+class ServerFault(ServerError):
+    """The server met an error that it did not expect: a bug, or a failing machine."""
+
+    code = "server-fault"
+    advice = "The server's log has more; please report it if it is a bug."
+
+
+class ServerProtocolError(ServerError):
+    """What came is not what a casbackup server or client sends."""
+
+    code = "server-protocol"
+    advice = "Check that the address is that of a casbackup server, and that both sides have versions that go together."
+
+
+class RequestRefused(ServerError):
+    """A request exceeds a limit of the server, or came too slowly."""
+
+    code = "request-refused"
+    advice = "The limits stand in docs/reference/limits.md; a casbackup client keeps them."
+
+
+class NeedsFolder(ServerError):
+    """The command works on the repository's folder, which a server does not hand out."""
+
+    code = "needs-folder"
+    exit_status = ExitStatus.USAGE
+    advice = "Run it on the server, with -r and the path of the repository's folder."
+
+
+class TokenMissing(ServerError):
+    """The server wants a token and was given none."""
+
+    code = "token-missing"
+    advice = (
+        "Ask the server's administrator for a token (`casbackup token create`) and give it by CASBACKUP_TOKEN, "
+        "CASBACKUP_TOKEN_FILE, CASBACKUP_TOKEN_COMMAND or the profile."
+    )
+
+
+class TokenInvalid(ServerError):
+    """The server does not know the token: it is wrong, has expired or was revoked."""
+
+    code = "token-invalid"
+    advice = "Ask the server's administrator for a new token (`casbackup token create` or `token rotate`)."
+
+
+class RightMissing(ServerError):
+    """The token does not permit this."""
+
+    code = "right-missing"
+    advice = "Ask the server's administrator for a token with the right that the message names."
+
+
+class SessionDetached(ServerError):
+    """The session is not attached to this server process: it was restarted, or heard nothing of the client for long."""
+
+    code = "session-detached"
+    retryable = True
+    advice = "Resume the session; a casbackup client does so by itself."
+
+
+class LiveBackupError(CasbackupError):
+    """Something went wrong between a running guest and its backup."""
+
+    code = "live-backup"
+    exit_status = ExitStatus.SOURCE
+
+
+class BackupBroken(LiveBackupError):
+    """The backup was given up so that the guest could go on."""
+
+    code = "backup-broken"
+    retryable = True
+    advice = "The guest was not affected. See why the target is slow or failed, or give --max-guest-stall more time."
+
+
+class GuestWriteRefused(LiveBackupError):
+    """A guest's write failed because the old data could not be saved first, and the policy puts the backup first."""
+
+    code = "guest-write-refused"
+    advice = "Nothing was overwritten. End the backup, or let it break instead (break-backup)."
 
 
 class Interrupted(CasbackupError):

@@ -1,0 +1,18 @@
+"""The kinds of calls that filters speak of."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Operation(Enum):
+    READ = "read"
+    WRITE = "write"
+    WRITE_ZEROS = "write zeros"
+    DISCARD = "discard"
+    FLUSH = "flush"
+    EXTENTS = "extents"
+
+
+CHANGES = frozenset({Operation.WRITE, Operation.WRITE_ZEROS, Operation.DISCARD})
+"""What changes the content of a device."""
