@@ -1,0 +1,33 @@
+"""Compressing and decompressing in several threads: the C libraries release the GIL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, TypeVar
+
+from casbackup.workers import worker_count
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+BATCH = 32
+"""Blocks of 64 KiB that are worth handing out at once; bounds what lies in memory."""
+
+
+def mapped(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """``function`` of each item, in their order. The first error of any is raised."""
+    if len(items) < 2:
+        return [function(item) for item in items]
+    return list(_pool().map(function, items))
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """One for the process; its threads end with it."""
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415  10 ms that only compressed formats need
+
+    return ThreadPoolExecutor(worker_count(), "casbackup-codec")
