@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from blake3 import blake3
 
+from casbackup.buffers import ByteBuffer
 from casbackup.limits import BLOCK_BYTES, SEGMENT_BYTES
 from casbackup.spec.config import ChunkerConfig
 
@@ -44,14 +45,14 @@ class BlockSampleChunker:
         self._zero_run_blocks = config.zero_run_blocks
         self._cut_table = _cut_table(config.cuts_in_256)
 
-    def spans(self, segment: bytearray, length: int) -> list[Span]:
+    def spans(self, segment: ByteBuffer, length: int) -> list[Span]:
         """Cut the first ``length`` bytes of ``segment`` into chunks and zero spans, in order, without gaps.
 
         ``segment`` must hold zeros from ``length`` to the end of its last block. The result depends on nothing but
         the bytes.
         """
         blocks = -(-length // BLOCK_BYTES)
-        data = segment if len(segment) == blocks * BLOCK_BYTES else segment[: blocks * BLOCK_BYTES]
+        data: ByteBuffer | bytes = segment if len(segment) == blocks * BLOCK_BYTES else segment[: blocks * BLOCK_BYTES]
         cuts, may_be_zero = self._fingerprints(data, blocks)
         spans: list[Span] = []
         position = 0
@@ -64,7 +65,7 @@ class BlockSampleChunker:
         spans[-1] = last._replace(length=length - last.offset)
         return spans
 
-    def _fingerprints(self, data: bytearray, blocks: int) -> tuple[bytes, bytes]:
+    def _fingerprints(self, data: ByteBuffer | bytes, blocks: int) -> tuple[bytes, bytes]:
         """Per block: 1 where a chunk may end; 0 where the block may be all zero."""
         mixed = union = 0
         for offset in _SAMPLE_OFFSETS:
@@ -73,23 +74,23 @@ class BlockSampleChunker:
             union |= plane
         return mixed.to_bytes(blocks, "little").translate(self._cut_table), union.to_bytes(blocks, "little")
 
-    def _zero_runs(self, data: bytearray, may_be_zero: bytes) -> list[tuple[int, int]]:
+    def _zero_runs(self, data: ByteBuffer | bytes, may_be_zero: bytes) -> list[tuple[int, int]]:
         """Runs of at least ``zero_run_blocks`` blocks that really are zero, as block numbers [start, end)."""
         runs: list[tuple[int, int]] = []
         for match in self._zero_run.finditer(may_be_zero):
             start, end = match.span()
-            if data.startswith(_ZEROS[: (end - start) * BLOCK_BYTES], start * BLOCK_BYTES):
+            if data[start * BLOCK_BYTES : end * BLOCK_BYTES] == _ZEROS[: (end - start) * BLOCK_BYTES]:
                 runs.append((start, end))
             else:
                 runs.extend(self._confirmed(data, start, end))
         return runs
 
-    def _confirmed(self, data: bytearray, start: int, end: int) -> list[tuple[int, int]]:
+    def _confirmed(self, data: ByteBuffer | bytes, start: int, end: int) -> list[tuple[int, int]]:
         runs: list[tuple[int, int]] = []
         zero_block = _ZEROS[:BLOCK_BYTES]
         first = start
         for block in range(start, end + 1):
-            if block < end and data.startswith(zero_block, block * BLOCK_BYTES):
+            if block < end and data[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES] == zero_block:
                 continue
             if block - first >= self._zero_run_blocks:
                 runs.append((first, block))

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from casbackup.buffers import aligned_buffer
 from casbackup.clock import Clock, SystemClock
 from casbackup.errors import CasbackupError, DuplicateDisk, UsageError
 from casbackup.ids import DiskName, Namespace, SessionId, VmName, parse_config_name, parse_label
@@ -143,7 +144,7 @@ class _Backup:
         done_before = self._store.done_bytes
 
         def work(stop: threading.Event) -> None:
-            buffer = bytearray(SEGMENT_BYTES)
+            buffer = aligned_buffer(SEGMENT_BYTES)
             view = memoryview(buffer)
             while not stop.is_set():
                 filled = disk.segments.fill(view)

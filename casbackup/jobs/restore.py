@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from casbackup.block.device import BlockDevice
+from casbackup.buffers import aligned_buffer
 from casbackup.codec.hashing import blob_id
 from casbackup.errors import DataDamage, SnapshotNotFound
 from casbackup.fs import Buffer
@@ -105,7 +106,7 @@ class _Restore:
         self._progress.start(self._disk.name, self._disk.size_bytes)
 
         def work(stop: threading.Event) -> None:
-            scratch = memoryview(bytearray(SEGMENT_BYTES)) if self._options.in_place else memoryview(b"")
+            scratch = memoryview(aligned_buffer(SEGMENT_BYTES)) if self._options.in_place else memoryview(b"")
             while not stop.is_set():
                 with self._lock:
                     segment = next(segments, None)

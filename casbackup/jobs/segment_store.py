@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from blake3 import blake3
 
+from casbackup.buffers import ByteBuffer
 from casbackup.chunking.block_sample import BlockSampleChunker, Span
 from casbackup.codec.hashing import CHUNK_KEY, blob_id
 from casbackup.codec.records import encode_blob, encode_record
@@ -39,7 +40,7 @@ class SegmentStore:
         self._new_bytes = self._new_stored_bytes = self._new_chunks = 0
         self.done_bytes = 0
 
-    def segment(self, buffer: bytearray, view: memoryview, filled: Filled) -> BlobId:
+    def segment(self, buffer: ByteBuffer, view: memoryview, filled: Filled) -> BlobId:
         """Store one segment, which ``buffer`` holds and ``view`` shows; returns its leaf's id."""
         spans = self._chunker.spans(buffer, filled.length)
         extents = _extents(view, spans)
@@ -60,7 +61,7 @@ class SegmentStore:
         )
         return leaf
 
-    def part(self, buffer: bytearray, view: memoryview, filled: Filled) -> list[Extent]:
+    def part(self, buffer: ByteBuffer, view: memoryview, filled: Filled) -> list[Extent]:
         """Store the chunks of a part of a segment, cut on its own; ``leaf`` comes when all parts are stored."""
         spans = self._chunker.spans(buffer, filled.length)
         extents = _extents(view, spans)
