@@ -27,6 +27,8 @@ def read_exactly(source: ByteSource, length: int, what: str) -> bytearray:
 
 def read_at(source: ByteSource, offset: int, length: int, what: str) -> bytearray:
     """As ``read_exactly``, from a place in a seekable source."""
+    if offset + length > (source.size_bytes or 0):
+        raise ArchiveDamaged(f"{source.name}: {what} at byte {offset} lies beyond the end of the file")
     source.seek(offset)
     return read_exactly(source, length, what)
 
