@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 from casbackup.codec.hashing import blob_id, record_checksum
 from casbackup.errors import BlobDamaged
@@ -26,13 +27,13 @@ class _Contexts(threading.local):
         self.compressors: dict[int, zstandard.ZstdCompressor] = {}
         self.decompressor: zstandard.ZstdDecompressor | None = None
 
-    def compress(self, data: Buffer, level: int) -> bytes:
+    def compressor(self, level: int) -> zstandard.ZstdCompressor:
         compressor = self.compressors.get(level)
         if compressor is None:
             import zstandard  # noqa: PLC0415
 
             compressor = self.compressors[level] = zstandard.ZstdCompressor(level=level)
-        return compressor.compress(data)
+        return compressor
 
     def decompress(self, data: Buffer, plain_length: int) -> bytes:
         if self.decompressor is None:
@@ -47,12 +48,30 @@ _contexts = _Contexts()
 
 def encode_record(kind: int, identity: BlobId, plain: Buffer, level: int) -> Record:
     """The record of a blob whose id is known. ``plain`` is not kept: an incompressible payload is copied."""
-    payload: Buffer = _contexts.compress(plain, level)
-    flags = FLAG_ZSTD
-    if len(payload) + _SMALLEST_GAIN > len(plain):
+    return _record(kind, identity, plain, _contexts.compressor(level).compress(plain))
+
+
+def encode_records(kind: int, blobs: Sequence[tuple[BlobId, Buffer]], level: int) -> list[Record]:
+    """``encode_record`` for many blobs at once: all are compressed in one call, without the GIL.
+
+    The payloads share memory: it is free once none of the records is in use.
+    """
+    if not blobs:
+        return []
+    frames = _contexts.compressor(level).multi_compress_to_buffer([plain for _, plain in blobs])
+    return [
+        # Segments are buffers, though their type does not say so.
+        _record(kind, identity, plain, memoryview(cast("bytes", frames[number])))
+        for number, (identity, plain) in enumerate(blobs)
+    ]
+
+
+def _record(kind: int, identity: BlobId, plain: Buffer, frame: Buffer) -> Record:
+    payload, flags, plain_length = frame, FLAG_ZSTD, len(plain)
+    if len(payload) + _SMALLEST_GAIN > plain_length:
         payload, flags = bytes(plain), 0
-    checked = pack_checked(kind, flags, len(payload), len(plain), identity)
-    return Record(identity, kind, flags, len(plain), checked + record_checksum(checked, payload), payload)
+    checked = pack_checked(kind, flags, len(payload), plain_length, identity)
+    return Record(identity, kind, flags, plain_length, checked + record_checksum(checked, payload), payload)
 
 
 def encode_blob(kind: BlobKind, plain: Buffer, level: int) -> Record:

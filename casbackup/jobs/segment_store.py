@@ -14,7 +14,7 @@ from blake3 import blake3
 from casbackup.buffers import ByteBuffer
 from casbackup.chunking.block_sample import BlockSampleChunker, Span
 from casbackup.codec.hashing import CHUNK_KEY, blob_id
-from casbackup.codec.records import encode_blob, encode_record
+from casbackup.codec.records import encode_blob, encode_record, encode_records
 from casbackup.ids import ZERO_ID, BlobId
 from casbackup.jobs.segments import Filled
 from casbackup.peer.api import PeerSession
@@ -111,11 +111,8 @@ class SegmentStore:
     def _missing_chunks(self, view: memoryview, spans: Sequence[Span], extents: Sequence[Extent]) -> list[Record]:
         places = {e.id: s for s, e in zip(spans, extents, strict=True) if not s.is_zero}
         missing = self._session.missing(list(places))
-        return [
-            encode_record(BlobKind.CHUNK, chunk, view[s.offset : s.offset + s.length], self._level)
-            for chunk, s in places.items()
-            if chunk in missing
-        ]
+        blobs = [(chunk, view[s.offset : s.offset + s.length]) for chunk, s in places.items() if chunk in missing]
+        return encode_records(BlobKind.CHUNK, blobs, self._level)
 
     def _count_stored(self, stored: StoredBytes) -> None:
         with self._lock:

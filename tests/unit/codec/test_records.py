@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from casbackup.codec.hashing import blob_id, record_checksum
-from casbackup.codec.records import decode_payload, decode_record, encode_blob, encode_record, parse_record
+from casbackup.codec.records import (
+    decode_payload,
+    decode_record,
+    encode_blob,
+    encode_record,
+    encode_records,
+    parse_record,
+)
 from casbackup.errors import BlobDamaged
 from casbackup.limits import MAX_BLOB_BYTES
 from casbackup.spec.record import FLAG_ZSTD, BlobKind, Record, pack_checked
@@ -42,6 +49,12 @@ def test_round_trip(kind: BlobKind, plain: bytes, level: int, buffer: type[bytes
     assert found.total_bytes == len(joined(record)) == record.total_bytes
     assert bytes(decode_record(found)) == plain
     assert len(record.payload) <= len(plain), "compression never makes a record longer"
+
+
+@given(kinds, st.lists(plains.filter(len), max_size=5), st.sampled_from([-5, 1, 2, 9]))
+def test_many_records_at_once_are_those_one_by_one(kind: BlobKind, blobs: list[bytes], level: int) -> None:
+    many = encode_records(kind, [(blob_id(kind, plain), memoryview(plain)) for plain in blobs], level)
+    assert [joined(record) for record in many] == [joined(encode_blob(kind, plain, level)) for plain in blobs]
 
 
 def test_incompressible_data_is_stored_raw_and_copied() -> None:
