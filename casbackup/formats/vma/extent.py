@@ -111,14 +111,17 @@ class Piece(NamedTuple):
 
 
 def pieces_of(slots: Sequence[int], places: Mapping[int, Place]) -> Iterator[Piece]:
-    """The ranges of these slots, each cut off at the end of its disk; what lies side by side is one. All devices are
-    known.
+    """The ranges of these slots, each cut off at the end of its disk; what lies side by side is one. Devices without
+    a place are passed over.
     """
     disk = last_offset = length = 0
     last_start: int | None = None
     position = 0
     for slot in slots:
-        place = places[device_of(slot)]
+        place = places.get(device_of(slot))
+        if place is None:
+            position += mask_of(slot).bit_count() * vma.BLOCK_BYTES
+            continue
         base = cluster_of(slot) * vma.CLUSTER_BYTES
         for first, blocks, is_stored in runs_of(mask_of(slot)):
             offset = base + first * vma.BLOCK_BYTES
