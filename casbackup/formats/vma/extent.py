@@ -9,18 +9,19 @@ from typing import NamedTuple
 from casbackup.formats.port import Data, Event, Zeros
 from casbackup.spec import vma
 
+_DEVICE = 0xFF << 32
+_MASKS = int.from_bytes(b"\xff\xff\0\0\0\0\0\0" * vma.SLOTS, "big")
+
 
 class Extent(NamedTuple):
-    """A header whose checksum holds. ``slots``: the used ones, in order; ``block_count`` is what the header says."""
+    """A header whose checksum holds. ``block_count`` is what it says is stored, ``mask_blocks`` what the masks of its
+    slots say; ``slots`` are the used ones, in order.
+    """
 
     block_count: int
+    mask_blocks: int
     uuid: bytes
-    slots: tuple[int, ...]
-
-    @property
-    def mask_blocks(self) -> int:
-        """How many blocks the masks say are stored."""
-        return sum((slot >> 48).bit_count() for slot in self.slots)
+    slots: list[int]
 
 
 class Place(NamedTuple):
@@ -38,8 +39,12 @@ def parse_extent(header: memoryview) -> Extent | str:
         return "the checksum of an extent's header is wrong"
     if magic != vma.EXTENT_MAGIC or reserved:
         return "an extent does not begin like one"
-    slots = vma.SLOT_TABLE.unpack_from(header, vma.EXTENT.size)
-    return Extent(block_count, uuid, tuple(slot for slot in slots if slot & 0xFF_0000_0000))
+    table = vma.SLOT_TABLE.unpack_from(header, vma.EXTENT.size)
+    slots = [slot for slot in table if slot & _DEVICE]
+    mask_blocks = (int.from_bytes(header[vma.EXTENT.size :], "big") & _MASKS).bit_count()
+    if len(slots) < vma.SLOTS:
+        mask_blocks -= sum(mask_of(slot).bit_count() for slot in table if not slot & _DEVICE)
+    return Extent(block_count, mask_blocks, uuid, slots)
 
 
 def device_of(slot: int) -> int:

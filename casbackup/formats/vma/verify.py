@@ -28,6 +28,8 @@ from casbackup.formats.vma.window import Window
 from casbackup.formats.zeros import is_zero, nonzero_blocks
 from casbackup.spec import vma
 
+_DEVICE_AND_CLUSTER = (1 << 40) - 1
+
 
 class VmaVerifier:
     """``quick`` reads headers only, and seeks over the data of a file."""
@@ -111,9 +113,10 @@ class _Verification:
         """Where the clusters lie. Those whose data is not all there, or shifted, do not count as being there."""
         position = 0
         sound_bytes = 0 if found.is_shifted else found.data_bytes
+        sound = list[int]()
         for slot in found.extent.slots:
-            position += mask_of(slot).bit_count() * vma.BLOCK_BYTES
-            place = self._places.get(device_of(slot))
+            position += (slot >> 48).bit_count() * vma.BLOCK_BYTES
+            place = self._places.get(slot >> 32 & 0xFF)
             if slot >> 40 & 0xFF:
                 yield self._at("slot-reserved", "a reserved byte of a cluster is set", found, slot, Severity.WARNING)
             problem = slot_problem(slot, place) if self._knows_devices else None
@@ -122,14 +125,31 @@ class _Verification:
             elif place is not None and place.is_state:
                 yield from self._state_slot(found, slot)
             elif position <= sound_bytes or mask_of(slot) == 0:
-                yield from self._count(found, slot, place)
+                sound.append(slot & _DEVICE_AND_CLUSTER)
+        yield from self._count(found, sound)
 
-    def _count(self, found: Found, slot: int, place: Place | None) -> Iterator[Finding]:
-        device, offset = device_of(slot), cluster_of(slot) * vma.CLUSTER_BYTES
-        size = place.size_bytes if place is not None else vma.MAX_DEVICE_BYTES
-        coverage = self._coverage.setdefault(device, Coverage(size))
-        if coverage.add(offset, min(vma.CLUSTER_BYTES, size - offset)):
-            yield self._at("duplicate-cluster", "a cluster comes a second time", found, slot)
+    def _count(self, found: Found, clusters: list[int]) -> Iterator[Finding]:
+        """Enter clusters, given as slots without mask, into the coverage, those that follow each other at once."""
+        start = 0
+        for end in range(1, len(clusters) + 1):
+            if end < len(clusters) and clusters[end] == clusters[end - 1] + 1:
+                continue
+            coverage = self._coverage_of(device_of(clusters[start]))
+            offset = cluster_of(clusters[start]) * vma.CLUSTER_BYTES
+            for known in coverage.add(offset, (end - start) * vma.CLUSTER_BYTES):
+                for cluster in range(known.offset // vma.CLUSTER_BYTES, -(-known.end // vma.CLUSTER_BYTES)):
+                    slot = vma.slot(0, device_of(clusters[start]), cluster)
+                    yield self._at("duplicate-cluster", "a cluster comes a second time", found, slot)
+            start = end
+
+    def _coverage_of(self, device: int) -> Coverage:
+        """In whole clusters: the last one of a device counts with what is beyond its end."""
+        coverage = self._coverage.get(device)
+        if coverage is None:
+            place = self._places.get(device)
+            size = place.size_bytes if place is not None else vma.MAX_DEVICE_BYTES
+            coverage = self._coverage[device] = Coverage(-(-size // vma.CLUSTER_BYTES) * vma.CLUSTER_BYTES)
+        return coverage
 
     def _state_slot(self, found: Found, slot: int) -> Iterator[Finding]:
         cluster = cluster_of(slot)
@@ -193,18 +213,17 @@ class _Verification:
             if place.is_state:
                 yield from self._state_length(device, place)
                 continue
-            for gap in self._coverage.get(device, Coverage(place.size_bytes)).missing():
-                clusters = -(-gap.length // vma.CLUSTER_BYTES)
+            for gap in self._coverage_of(device).missing():
                 yield Finding(
                     Severity.ERROR,
                     "missing-data",
-                    f"{clusters} clusters are in no sound extent of the archive",
+                    f"{gap.length // vma.CLUSTER_BYTES} clusters are in no sound extent of the archive",
                     None,
                     self._names[device],
                     device,
                     gap.offset // vma.CLUSTER_BYTES,
                     gap.offset,
-                    gap.length,
+                    min(gap.end, place.size_bytes) - gap.offset,
                 )
 
     def _state_length(self, device: int, place: Place) -> Iterator[Finding]:

@@ -6,7 +6,6 @@ from casbackup.errors import ArchiveDamaged
 from casbackup.formats.port import ByteSource
 from casbackup.units import MiB
 
-_CAPACITY_BYTES = 8 * MiB
 _STEP_BYTES = MiB
 
 
@@ -19,7 +18,7 @@ class Window:
 
     def __init__(self, source: ByteSource) -> None:
         self._source = source
-        self._buffer = bytearray(_CAPACITY_BYTES)
+        self._buffer = bytearray(_STEP_BYTES)
         self._start = self._length = 0
         self._end: int | None = source.size_bytes if source.seekable else None
         self.damage: ArchiveDamaged | None = None
@@ -37,8 +36,7 @@ class Window:
     def read(self, offset: int, length: int) -> memoryview:
         """Up to ``length`` bytes from ``offset``; fewer only at the end. Valid until the next call.
 
-        Of a pipe, ``offset`` is at the most the capacity of 8 MiB, less ``length``, before the furthest byte that
-        was read.
+        Of a pipe, what lies before ``offset`` may be gone afterwards.
         """
         if not self._start <= offset <= self._start + self._length:
             self._move(offset)
