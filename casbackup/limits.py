@@ -80,3 +80,27 @@ MAX_RECORDED_GAPS = 10_000
 
 MAX_ARCHIVE_NAMES_BYTES = 1 * MiB
 """All names of an imported archive together; the manifest keeps them."""
+
+MAX_NBD_REQUEST_BYTES = 32 * MiB
+"""Data of one NBD request that our server takes or gives; what the protocol lets clients assume."""
+
+MAX_NBD_CONNECTIONS = 64
+"""Connections to one NBD server at a time; further ones are closed at once."""
+
+MAX_NBD_OPTIONS = 64
+"""Options of one NBD handshake; clients send fewer than ten."""
+
+MAX_NBD_OPTION_BYTES = 16 * KiB
+"""Data of one option: a name of 4 KiB and some queries."""
+
+NBD_HANDSHAKE_TIMEOUT_S = 10.0
+"""For a whole NBD handshake, so that silent connections do not use up the places."""
+
+NBD_STALL_TIMEOUT_S = 60.0
+"""For one NBD request to arrive, or its reply to be taken, once it has begun."""
+
+MAX_NBD_STATUS_EXTENTS = 4096
+"""Descriptors in one reply to an NBD block status request; the client asks again for the rest."""
+
+SINK_MEMORY_BYTES = 64 * MiB
+"""Data of a live backup that is acknowledged and not yet consumed."""

@@ -49,7 +49,7 @@ def open_source(spec: str, *, format: str | None = None) -> BlockDevice:
 
     ``format``: one of ``FORMATS``, for a path; without it the rules above decide.
 
-    :raise UsageError: for an unknown format, one given for a URI, or a malformed or TLS URI.
+    :raise UsageError: for an unknown format, one given for a URI, a malformed URI, or certificates of no use.
     :raise SourceNotFound: when the path does not exist.
     :raise SourceUnreadable: when it cannot be read, is neither a file nor a device, or by the rules above.
     :raise ToolMissing: when qemu-nbd is needed and not installed.

@@ -61,7 +61,7 @@ class NbdClient(Closing):
         ``timeout_s`` bounds each reply, ten times that a flush. ``max_connections`` counts only for servers
         that allow several.
 
-        :raise UsageError: for a URI that is malformed or needs TLS.
+        :raise UsageError: for a URI that is malformed, or certificates that cannot be used.
         :raise NbdConnectionFailed: when there is no server, or it refuses the export.
         :raise NbdProtocolError: when it does not speak the fixed newstyle protocol.
         """

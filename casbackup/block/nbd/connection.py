@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterable
 
 from casbackup.block.nbd import protocol as nbd
-from casbackup.block.nbd.handshake import negotiate
+from casbackup.block.nbd.handshake import greet, negotiate, request_tls
 from casbackup.block.nbd.protocol import Command, ExportInfo
 from casbackup.block.nbd.request import Request
-from casbackup.block.nbd.uri import NbdAddress
+from casbackup.block.nbd.uri import ClientTls, NbdAddress
 from casbackup.block.nbd.wire import Wire
 from casbackup.errors import CasbackupError, NbdProtocolError, NbdRequestFailed
 
@@ -36,12 +36,17 @@ class Connection:
 
     @classmethod
     def open(cls, address: NbdAddress, *, connect_timeout_s: float, timeout_s: float) -> Connection:
-        """:raise NbdConnectionFailed: when there is no server, or it refuses.
+        """:raise UsageError: when the certificates for TLS cannot be used.
+
+        :raise NbdConnectionFailed: when there is no server, it refuses, or TLS fails.
 
         :raise NbdProtocolError: when what listens there is not an NBD server that can be used.
         """
         wire = Wire.connect(address, connect_timeout_s=connect_timeout_s, timeout_s=connect_timeout_s)
         try:
+            greet(wire)
+            if address.tls is not None:
+                wire = _secured(wire, address, address.tls)
             info = negotiate(wire, address.export)
         except BaseException:
             wire.close()
@@ -187,3 +192,10 @@ class Connection:
         if request is None:
             raise NbdProtocolError(f"{self._wire.peer}: a reply to a request that is not under way")
         return request
+
+
+def _secured(wire: Wire, address: NbdAddress, tls: ClientTls) -> Wire:
+    from casbackup.block.nbd.tls import secure_client  # noqa: PLC0415  20 ms that only TLS needs
+
+    request_tls(wire)
+    return secure_client(wire, tls, "localhost" if address.socket_path else address.host)

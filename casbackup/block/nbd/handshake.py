@@ -19,17 +19,19 @@ def negotiate(wire: Wire, export: str) -> ExportInfo:
 
     The order is the one that QEMU uses too: structured replies, meta context, GO.
 
+    ``wire`` has been through ``greet``, and ``request_tls`` if there is to be TLS.
+
     :raise NbdConnectionFailed: when the server refuses the export or goes away.
     :raise NbdProtocolError: when it does not speak the fixed newstyle protocol as written.
     """
     name = export.encode("utf-8", "surrogateescape")
-    _greet(wire)
     structured = _request_structured_replies(wire)
     context = _request_allocation_context(wire, name) if structured else None
     return _go(wire, name, structured, context)
 
 
-def _greet(wire: Wire) -> None:
+def greet(wire: Wire) -> None:
+    """The beginning of every connection. Errors as ``negotiate``."""
     init_magic, option_magic, flags = nbd.GREETING.unpack(wire.receive(nbd.GREETING.size))
     if init_magic != nbd.INIT_MAGIC:
         raise NbdProtocolError(f"{wire.peer} is not an NBD server")
@@ -38,6 +40,15 @@ def _greet(wire: Wire) -> None:
     if option_magic != nbd.OPTION_MAGIC or not flags & nbd.FLAG_FIXED_NEWSTYLE:
         raise NbdProtocolError(f"{wire.peer} does not speak the fixed newstyle NBD protocol")
     wire.send(nbd.CLIENT_FLAGS.pack(flags & (nbd.FLAG_FIXED_NEWSTYLE | nbd.FLAG_NO_ZEROES)))
+
+
+def request_tls(wire: Wire) -> None:
+    """The server agrees to TLS, which then begins. Errors as ``negotiate``."""
+    for kind, payload in _option(wire, nbd.OPT_STARTTLS, b""):
+        if kind & nbd.REP_ERROR:
+            raise NbdConnectionFailed(f"{wire.peer}: no TLS: {_reason(kind, payload)}")
+        if kind != nbd.REP_ACK:
+            raise _unexpected(wire, kind)
 
 
 def _request_structured_replies(wire: Wire) -> bool:
@@ -132,7 +143,9 @@ def _unexpected(wire: Wire, kind: int) -> CasbackupError:
 
 
 def _refused(wire: Wire, name: bytes, kind: int, payload: bytes) -> CasbackupError:
+    return NbdConnectionFailed(f"{wire.peer}: export {nbd.printable(name)!r}: {_reason(kind, payload)}")
+
+
+def _reason(kind: int, payload: bytes) -> str:
     reason = nbd.REP_ERROR_TEXT.get(kind, f"error {kind:#x}")
-    if payload:
-        reason += f" ({nbd.printable(payload)})"
-    return NbdConnectionFailed(f"{wire.peer}: export {nbd.printable(name)!r}: {reason}")
+    return f"{reason} ({nbd.printable(payload)})" if payload else reason

@@ -1,4 +1,4 @@
-"""The numbers and byte layouts of the NBD protocol that the client uses.
+"""The numbers and byte layouts of the NBD protocol that client and server use.
 
 Source: "The NBD protocol", doc/proto.md of https://github.com/NetworkBlockDevice/nbd. Names are those of that
 document without the prefix ``NBD_``. All integers are big-endian.
@@ -31,32 +31,60 @@ OPTION_REPLY = struct.Struct(">QIII")
 FLAG_FIXED_NEWSTYLE = 1
 FLAG_NO_ZEROES = 2
 
+OPT_EXPORT_NAME = 1
+OPT_ABORT = 2
+OPT_LIST = 3
+OPT_STARTTLS = 5
+OPT_INFO = 6
 OPT_GO = 7
 OPT_STRUCTURED_REPLY = 8
+OPT_LIST_META_CONTEXT = 9
 OPT_SET_META_CONTEXT = 10
 
 REP_ACK = 1
+REP_SERVER = 2
 REP_INFO = 3
 REP_META_CONTEXT = 4
 REP_ERROR = 1 << 31
+REP_ERR_UNSUP = REP_ERROR + 1
+REP_ERR_POLICY = REP_ERROR + 2
+REP_ERR_INVALID = REP_ERROR + 3
+REP_ERR_PLATFORM = REP_ERROR + 4
+REP_ERR_TLS_REQD = REP_ERROR + 5
+REP_ERR_UNKNOWN = REP_ERROR + 6
+REP_ERR_SHUTDOWN = REP_ERROR + 7
+REP_ERR_BLOCK_SIZE_REQD = REP_ERROR + 8
+REP_ERR_TOO_BIG = REP_ERROR + 9
 REP_ERROR_TEXT = {
-    REP_ERROR + 1: "the server does not know the option",
-    REP_ERROR + 2: "the server's policy forbids it",
-    REP_ERROR + 3: "the server calls the request invalid",
-    REP_ERROR + 4: "the server's platform does not support it",
-    REP_ERROR + 5: "the server demands TLS, which is not supported yet",
-    REP_ERROR + 6: "the server has no such export",
-    REP_ERROR + 7: "the server is shutting down",
-    REP_ERROR + 8: "the server demands block sizes",
-    REP_ERROR + 9: "the request is too big for the server",
+    REP_ERR_UNSUP: "the server does not know the option",
+    REP_ERR_POLICY: "the server's policy forbids it",
+    REP_ERR_INVALID: "the server calls the request invalid",
+    REP_ERR_PLATFORM: "the server's platform does not support it",
+    REP_ERR_TLS_REQD: "the server demands TLS: use nbds:// or nbds+unix://",
+    REP_ERR_UNKNOWN: "the server has no such export",
+    REP_ERR_SHUTDOWN: "the server is shutting down",
+    REP_ERR_BLOCK_SIZE_REQD: "the server demands block sizes",
+    REP_ERR_TOO_BIG: "the request is too big for the server",
 }
 
+COUNT = struct.Struct(">I")
+"""Of the bytes of a name or query, or of queries, that follow."""
+INFO_COUNT = struct.Struct(">H")
+"""Of the infos that a client asks for; each is of this layout, too."""
+
 INFO_EXPORT = 0
+INFO_NAME = 1
+INFO_DESCRIPTION = 2
 INFO_BLOCK_SIZE = 3
 INFO_EXPORT_LAYOUT = struct.Struct(">HQH")
 """Info type, size of the export in bytes, transmission flags."""
 INFO_BLOCK_SIZE_LAYOUT = struct.Struct(">HIII")
 """Info type; minimum, preferred and maximum size of a request's payload in bytes."""
+
+EXPORT_NAME_REPLY = struct.Struct(">QH")
+"""Size in bytes and transmission flags: the answer to EXPORT_NAME."""
+EXPORT_NAME_PADDING = bytes(124)
+"""Follows it unless both sides have set NO_ZEROES."""
 
 BASE_ALLOCATION = b"base:allocation"
 
@@ -113,7 +141,10 @@ class Command(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
+CMD_FLAG_FUA = 1 << 0
 CMD_FLAG_NO_HOLE = 1 << 1
+CMD_FLAG_DF = 1 << 2
+CMD_FLAG_REQ_ONE = 1 << 3
 
 CHUNK_FLAG_DONE = 1
 
@@ -122,20 +153,26 @@ CHUNK_OFFSET_DATA = 1
 CHUNK_OFFSET_HOLE = 2
 CHUNK_BLOCK_STATUS = 5
 CHUNK_IS_ERROR = 1 << 15
+CHUNK_ERROR_PLAIN = CHUNK_IS_ERROR + 1
 
+STATE_HOLE = 1 << 0
 STATE_ZERO = 1 << 1
 
-ERROR_NAMES = {
-    1: "EPERM",
-    5: "EIO",
-    12: "ENOMEM",
-    22: "EINVAL",
-    28: "ENOSPC",
-    75: "EOVERFLOW",
-    95: "ENOTSUP",
-    108: "ESHUTDOWN",
-}
-"""Error values; they are fixed by the protocol and only happen to be Linux's numbers."""
+
+class Errno(IntEnum):
+    """Error values; they are fixed by the protocol and only happen to be Linux's numbers."""
+
+    EPERM = 1
+    EIO = 5
+    ENOMEM = 12
+    EINVAL = 22
+    ENOSPC = 28
+    EOVERFLOW = 75
+    ENOTSUP = 95
+    ESHUTDOWN = 108
+
+
+ERROR_NAMES = {error.value: error.name for error in Errno}
 
 # --- Limits of ours
 MAX_EXPORT_NAME_BYTES = 4096
@@ -147,6 +184,8 @@ MAX_STATUS_BYTES = STATUS_CONTEXT.size + 1024 * 1024 * STATUS_DESCRIPTOR.size
 MAX_CHUNKS = 16 * 1024
 """Chunks of one reply; qemu sends one per 64 KiB cluster at the worst, the rest is room."""
 MAX_ERROR_BYTES = 8 * KiB
+MAX_ERROR_TEXT_BYTES = 1 * KiB
+"""Of what our server sends."""
 DEFAULT_MAX_BLOCK_BYTES = 32 * MiB
 """What the protocol lets a client assume when the server does not say."""
 MAX_MIN_BLOCK_BYTES = 64 * KiB
@@ -168,6 +207,6 @@ class ExportInfo:
 
 
 def printable(raw: bytes) -> str:
-    """A server's message made harmless for a terminal and short."""
+    """What the other side sent made harmless for a terminal and short."""
     text = raw[:400].decode("utf-8", "replace")
     return "".join(c if c.isprintable() else "?" for c in text)

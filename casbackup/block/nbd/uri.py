@@ -8,12 +8,26 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 from casbackup.block.nbd.protocol import DEFAULT_PORT, MAX_EXPORT_NAME_BYTES
 from casbackup.errors import UsageError
 
-_TLS_SCHEMES = ("nbds", "nbds+unix", "nbds+vsock")
-SCHEMES = ("nbd", "nbd+unix", *_TLS_SCHEMES, "nbd+vsock")
+_TCP_SCHEMES = ("nbd", "nbds")
+_UNIX_SCHEMES = ("nbd+unix", "nbds+unix")
+_TLS_SCHEMES = ("nbds", "nbds+unix")
+SCHEMES = (*_TCP_SCHEMES, *_UNIX_SCHEMES, "nbd+vsock", "nbds+vsock")
 """Everything that is an NBD URI, whether it is supported or not."""
 
 MAX_SOCKET_PATH_BYTES = 107
 """``sun_path`` holds 108 bytes with the final zero (unix(7))."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientTls:
+    """How a client wants to be secured."""
+
+    folder: str | None = None
+    """Holds ``ca-cert.pem``, and perhaps ``client-cert.pem`` and ``client-key.pem``; None: the system's CAs."""
+    hostname: str | None = None
+    """Whom the server's certificate must name; None: the host that is connected to."""
+    verify: bool = True
+    """Whether the server's certificate is checked at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +38,20 @@ class NbdAddress:
     socket_path: str | None = None
     host: str = "localhost"
     port: int = DEFAULT_PORT
+    tls: ClientTls | None = None
+    """None: no TLS."""
 
     def __str__(self) -> str:
         export = quote(self.export, safe="")
+        scheme = "nbd" if self.tls is None else "nbds"
+        query = [] if self.tls is None else _tls_query(self.tls)
         if self.socket_path is not None:
-            return f"nbd+unix:///{export}?socket={quote(self.socket_path)}"
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"nbd://{host}:{self.port}/{export}"
+            query.insert(0, f"socket={quote(self.socket_path)}")
+            start = f"{scheme}+unix:///{export}"
+        else:
+            host = f"[{self.host}]" if ":" in self.host else self.host
+            start = f"{scheme}://{host}:{self.port}/{export}"
+        return "?".join(filter(None, (start, "&".join(query))))
 
 
 def is_nbd_uri(text: str) -> bool:
@@ -40,9 +61,11 @@ def is_nbd_uri(text: str) -> bool:
 
 
 def parse_uri(text: str) -> NbdAddress:
-    """``nbd://HOST[:PORT]/EXPORT`` or ``nbd+unix:///EXPORT?socket=PATH``.
+    """``nbd://HOST[:PORT]/EXPORT`` or ``nbd+unix:///EXPORT?socket=PATH``; with TLS ``nbds`` for ``nbd``.
 
-    :raise UsageError: for anything else; TLS and vsock are said not to be supported yet.
+    Parameters with TLS: ``tls-certificates=FOLDER``, ``tls-hostname=NAME``, ``tls-verify-peer=false``.
+
+    :raise UsageError: for anything else.
     """
     try:
         parts = urlsplit(text)
@@ -50,21 +73,17 @@ def parse_uri(text: str) -> NbdAddress:
         query = parse_qs(parts.query, strict_parsing=True) if parts.query else {}
     except ValueError as error:
         raise UsageError(f"{text!r} is not a valid NBD URI: {error}") from error
-    _check_scheme(parts.scheme, query, text)
+    scheme = parts.scheme
+    if scheme not in (*_TCP_SCHEMES, *_UNIX_SCHEMES):
+        raise UsageError(f"{text!r}: only nbd:// and nbd+unix:// URIs are supported, and nbds for TLS")
     export = _export(parts.path, text)
-    if parts.scheme == "nbd":
-        _reject_unknown(query, (), text)
-        return NbdAddress(export=export, host=parts.hostname or "localhost", port=port or DEFAULT_PORT)
+    tls = _tls(query, text) if scheme in _TLS_SCHEMES else None
+    if scheme in _TCP_SCHEMES:
+        _reject_unknown(query, text)
+        return NbdAddress(export=export, host=parts.hostname or "localhost", port=port or DEFAULT_PORT, tls=tls)
     if parts.netloc:
-        raise UsageError(f"{text!r}: nbd+unix takes no host; write nbd+unix:///EXPORT?socket=PATH")
-    return NbdAddress(export=export, socket_path=_socket_path(query, text))
-
-
-def _check_scheme(scheme: str, query: dict[str, list[str]], text: str) -> None:
-    if scheme in _TLS_SCHEMES or any(name.startswith("tls-") for name in query):
-        raise UsageError(f"{text!r}: NBD over TLS is not supported yet; use a tunnel, or a unix socket")
-    if scheme not in ("nbd", "nbd+unix"):
-        raise UsageError(f"{text!r}: only nbd:// and nbd+unix:// URIs are supported")
+        raise UsageError(f"{text!r}: {scheme} takes no host; write {scheme}:///EXPORT?socket=PATH")
+    return NbdAddress(export=export, socket_path=_socket_path(query, text), tls=tls)
 
 
 def _export(path: str, text: str) -> str:
@@ -75,8 +94,8 @@ def _export(path: str, text: str) -> str:
 
 
 def _socket_path(query: dict[str, list[str]], text: str) -> str:
-    _reject_unknown(query, ("socket",), text)
-    paths = query.get("socket", [])
+    paths = query.pop("socket", [])
+    _reject_unknown(query, text)
     if len(paths) != 1:
         raise UsageError(f"{text!r} must name one socket: nbd+unix:///EXPORT?socket=PATH")
     if len(paths[0].encode("utf-8", "surrogateescape")) > MAX_SOCKET_PATH_BYTES:
@@ -84,7 +103,22 @@ def _socket_path(query: dict[str, list[str]], text: str) -> str:
     return paths[0]
 
 
-def _reject_unknown(query: dict[str, list[str]], known: tuple[str, ...], text: str) -> None:
+def _tls(query: dict[str, list[str]], text: str) -> ClientTls:
+    """Takes the parameters of TLS out of ``query``."""
+    verify = query.pop("tls-verify-peer", ["true"])[-1]
+    if verify not in ("true", "false"):
+        raise UsageError(f"{text!r}: tls-verify-peer must be true or false")
+    folder = query.pop("tls-certificates", [None])[-1]
+    hostname = query.pop("tls-hostname", [None])[-1]
+    return ClientTls(folder, hostname, verify == "true")
+
+
+def _tls_query(tls: ClientTls) -> list[str]:
+    values = {"tls-certificates": tls.folder, "tls-hostname": tls.hostname}
+    query = [f"{name}={quote(value)}" for name, value in values.items() if value is not None]
+    return query if tls.verify else [*query, "tls-verify-peer=false"]
+
+
+def _reject_unknown(query: dict[str, list[str]], text: str) -> None:
     for name in query:
-        if name not in known:
-            raise UsageError(f"{text!r}: unknown parameter {name!r}")
+        raise UsageError(f"{text!r}: unknown parameter {name!r}")

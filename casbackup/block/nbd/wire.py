@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import struct
 import time
@@ -35,21 +36,17 @@ class Wire:
         try:
             return cls(_connected(address, connect_timeout_s), str(address), timeout_s)
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise NbdConnectionFailed(f"{address}: no connection: {reason}") from error
+            raise NbdConnectionFailed(f"{address}: no connection: {error.strerror or error}") from error
 
     @property
     def timeout_s(self) -> float:
         return self._timeout_s
 
     def set_timeout(self, timeout_s: float) -> None:
-        """How long one send or receive may take from now on, in seconds."""
-        if timeout_s == self._timeout_s:
-            return
-        self._timeout_s = timeout_s
-        value = _TIMEVAL.pack(int(timeout_s), int(timeout_s % 1 * 1_000_000) or int(timeout_s < 1))
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            self._socket.setsockopt(socket.SOL_SOCKET, option, value)
+        """How long one send or receive may take from now on, in seconds; ``math.inf`` for ever."""
+        if timeout_s != self._timeout_s:
+            self._timeout_s = timeout_s
+            self._apply_timeout(None if math.isinf(timeout_s) else timeout_s)
 
     def send(self, *buffers: Buffer) -> None:
         """Send all bytes of all buffers. :raise NbdConnectionFailed: when that is not possible in time."""
@@ -80,20 +77,50 @@ class Wire:
             self.receive_into(memoryview(buffer))
         return bytes(buffer)
 
+    def receive_next(self, view: memoryview) -> bool:
+        """As ``receive_into``, but waits for the first byte for ever. False when the peer closes before it."""
+        while True:
+            try:
+                got = self._read(view)
+                break
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise self._lost(error) from error
+        if 0 < got < len(view):
+            self.receive_into(view[got:])
+        return got > 0
+
+    def detach(self) -> socket.socket:
+        """The socket without its wire, blocking; the wire is not to be used any more."""
+        return self._socket
+
+    def stop_receiving(self) -> None:
+        """From another thread: what has arrived can still be received, then the connection looks closed."""
+        self._shut_down(socket.SHUT_RD)
+
+    def hang_up(self) -> None:
+        """From another thread: whatever is under way fails now."""
+        self._shut_down(socket.SHUT_RDWR)
+
     def check(self, deadline: float) -> None:
         """:raise NbdConnectionFailed: when the monotonic time ``deadline`` is over."""
         if time.monotonic() > deadline:
             raise self._timed_out()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        self._shut_down(socket.SHUT_RDWR)
         self._socket.close()
+
+    def _shut_down(self, how: int) -> None:
+        """Without what TLS does besides, which would disturb a thread that is receiving."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._socket, how)
 
     def _send_some(self, rest: list[memoryview], deadline: float) -> int:
         self.check(deadline)
         try:
-            return self._socket.sendmsg(rest)
+            return self._write(rest)
         except BlockingIOError as error:
             raise self._timed_out() from error
         except OSError as error:
@@ -101,20 +128,34 @@ class Wire:
 
     def _receive_some(self, view: memoryview) -> int:
         try:
-            got = self._socket.recv_into(view, len(view), socket.MSG_WAITALL)
+            got = self._read(view)
         except BlockingIOError as error:
             raise self._timed_out() from error
         except OSError as error:
             raise self._lost(error) from error
         if not got:
-            raise NbdConnectionFailed(f"{self.peer}: the server closed the connection")
+            raise NbdConnectionFailed(f"{self.peer}: the other side closed the connection")
         return got
+
+    def _apply_timeout(self, timeout_s: float | None) -> None:
+        seconds, rest = divmod(timeout_s or 0.0, 1)
+        value = _TIMEVAL.pack(int(seconds), max(int(rest * 1_000_000), int(timeout_s is not None and not seconds)))
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self._socket.setsockopt(socket.SOL_SOCKET, option, value)
+
+    def _read(self, view: memoryview) -> int:
+        """:raise BlockingIOError: when nothing came in time."""
+        return self._socket.recv_into(view, len(view), socket.MSG_WAITALL)
+
+    def _write(self, buffers: list[memoryview]) -> int:
+        """:raise BlockingIOError: when nothing could be sent in time."""
+        return self._socket.sendmsg(buffers)
 
     def _timed_out(self) -> CasbackupError:
         return NbdConnectionFailed(f"{self.peer}: no answer for {self._timeout_s:g} s")
 
     def _lost(self, error: OSError) -> CasbackupError:
-        return NbdConnectionFailed(f"{self.peer}: the connection was lost: {error.strerror}")
+        return NbdConnectionFailed(f"{self.peer}: the connection was lost: {error.strerror or error}")
 
 
 def _connected(address: NbdAddress, timeout_s: float) -> socket.socket:
