@@ -16,7 +16,7 @@
      +- SourceError
      |   +- SourceNotFound, SourceUnreadable, SourceChanged, ToolMissing, ToolFailed
      +- TargetError
-     |   +- TargetExists, TargetTooSmall, TargetUnsuitable, TargetUnwritable, TargetClosed
+     |   +- TargetExists, TargetTooSmall, TargetUnsuitable, TargetUnwritable, TargetFull, TargetClosed
      +- ArchiveError          something is wrong with an archive of another format
      |   +- ArchiveUnknown, ArchiveUnsupported, ArchiveLimit, ArchiveDamaged, ArchiveIncomplete,
      |   +- ArchivePluginBroken
@@ -57,6 +57,7 @@ class ExitStatus(IntEnum):
     FORMAT = 13
     NO_SNAPSHOT = 14
     INTERRUPTED = 130
+    READER_GONE = 141
 
 
 EXIT_STATUS_MEANING: dict[ExitStatus, str] = {
@@ -74,6 +75,7 @@ EXIT_STATUS_MEANING: dict[ExitStatus, str] = {
     ExitStatus.FORMAT: "the repository has a format that this version cannot use",
     ExitStatus.NO_SNAPSHOT: "no such snapshot, or several match",
     ExitStatus.INTERRUPTED: "stopped by a signal",
+    ExitStatus.READER_GONE: "whoever read the output went away: a broken pipe, as a shell shows it",
 }
 
 
@@ -394,7 +396,7 @@ class ToolMissing(SourceError):
     """A program that this needs is not installed."""
 
     code = "tool-missing"
-    advice = "Install it (Debian: apt install qemu-utils)."
+    advice = "Install it (Debian: apt install qemu-utils, or lzop)."
 
 
 class ToolFailed(SourceError):
@@ -439,10 +441,19 @@ class TargetUnwritable(TargetError):
     advice = "Check permissions and free space of the target."
 
 
+class TargetFull(TargetError):
+    """The file system of the target is full."""
+
+    code = "target-full"
+    exit_status = ExitStatus.NO_SPACE
+    advice = "Free space, or choose another target. Nothing half-written is left behind."
+
+
 class TargetClosed(TargetError):
     """Whoever read what was being written went away: a broken pipe."""
 
     code = "target-closed"
+    exit_status = ExitStatus.READER_GONE
     advice = "The program at the other end of the pipe ended early; see its messages."
 
 

@@ -41,7 +41,7 @@ from casbackup.spec.manifest import (
     Manifest,
     MissingRange,
 )
-from casbackup.spec.node import Extent, zero_extent
+from casbackup.spec.node import MAX_EXTENTS, Extent, zero_extent
 from casbackup.tree.builder import TreeBuilder
 
 _EXTENT = Struct("<II32s")
@@ -249,6 +249,8 @@ class _Sink:
             extents += [Extent(size, skip, BlobId(chunk)) for size, skip, chunk in _EXTENT.iter_unpack(part.memo)]
             position = part.start + part.length
         extents.append(zero_extent(length - position))
+        if len(extents) > MAX_EXTENTS:
+            raise ArchiveUnsupported("the archive's data comes scattered in pieces smaller than a sector")
         self._store.known_zeros(length - sum(part.length for part in parts))
         self._builders[disk].set_leaf(number, self._store.leaf(extents))
 

@@ -14,9 +14,6 @@ from casbackup_client.cli import COMPLETION_VARIABLE, cli
 from casbackup_client.failures import as_failure, report
 from casbackup_client.signals import signals_raise
 
-_OUTPUT_CLOSED = 141
-"""What a shell shows for a program that SIGPIPE ended, as it ends most others whose reader has gone."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``casbackup ARGUMENTS`` (default: those of the process) and return its exit status."""
@@ -32,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return status
     except BrokenPipeError:
         _forget_output()
-        return _OUTPUT_CLOSED
+        return ExitStatus.READER_GONE
     except (CasbackupError, click.ClickException, OSError, KeyboardInterrupt) as error:
         return report(as_failure(error), json=app.json or "--json" in given)
     except Exception as error:  # noqa: BLE001  the last one who can say anything
