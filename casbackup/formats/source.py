@@ -226,7 +226,7 @@ class DecompressedSource:
 
     def _read(self, buffer: memoryview) -> int:
         try:
-            return int(self._stream.readinto(buffer))  # type: ignore[attr-defined]
+            return int(self._stream.readinto1(buffer))  # type: ignore[attr-defined]
         except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             raise self._damaged(error) from error
 
