@@ -16,6 +16,6 @@ FORMAT = ArchiveFormat(
     writer=Qcow2Writer,
     options=(
         ("compression", "none (default), zlib or zstd; compressed images cannot be written to a pipe"),
-        ("level", "of the compression: 1 to 9 for zlib (default 6), 1 to 19 for zstd (default 3)"),
+        ("level", "of the compression: 1 (default, fast) to 9 for zlib, 1 to 19 for zstd (default 3)"),
     ),
 )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from casbackup.formats.deflate import BARE, Undecompressable, deflate, inflate
 from casbackup.fs import Buffer
 from casbackup.units import MiB
 
@@ -14,25 +14,15 @@ if TYPE_CHECKING:
     import zstandard
 
 _WINDOW_BITS = -12
-_ANY_WINDOW_BITS = -15
 _MAX_ZSTD_WINDOW_BYTES = 8 * MiB
 
-ZLIB_LEVELS = range(1, 10)
 ZSTD_LEVELS = range(1, 20)
 
 Compress = Callable[[Buffer], bytes]
 
 
-class Undecompressable(ValueError):
-    """A cluster's bytes are not what its kind of compression makes."""
-
-
 def deflater(level: int) -> Compress:
-    def deflate(data: Buffer) -> bytes:
-        compressor = zlib.compressobj(level, zlib.DEFLATED, _WINDOW_BITS)
-        return compressor.compress(data) + compressor.flush()
-
-    return deflate
+    return lambda data: deflate(data, level, _WINDOW_BITS)
 
 
 def zstd_compressor(level: int) -> Compress:
@@ -50,20 +40,16 @@ def zstd_compressor(level: int) -> Compress:
     return compress
 
 
-def inflate(data: Buffer, length: int) -> bytes:
+def unpack_deflated(data: Buffer, length: int) -> bytes:
     """``length`` bytes; what follows the stream is ignored, for only the number of sectors is known.
 
-    :raise Undecompressable: when there are not as many.
+    :raise Undecompressable: when there are more or less.
     """
-    try:
-        plain = zlib.decompressobj(_ANY_WINDOW_BITS).decompress(data, length)
-    except zlib.error as error:
-        raise Undecompressable(str(error)) from error
-    return _checked(plain, length)
+    return _checked(inflate(data, length, BARE), length)
 
 
-def unzstd(data: Buffer, length: int) -> bytes:
-    """As ``inflate``."""
+def unpack_zstd(data: Buffer, length: int) -> bytes:
+    """As ``unpack_deflated``."""
     import zstandard  # noqa: PLC0415
 
     decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW_BYTES)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from casbackup.errors import ArchiveUnsupported
+from casbackup.formats.deflate import FASTEST, LEVELS
 from casbackup.formats.options import chosen, whole_number
 from casbackup.formats.port import ArchiveHead, ArchiveOutput, ByteRange, ByteTarget, Order, WriterCapabilities
 from casbackup.formats.qcow2.compressed import CompressedOutput
-from casbackup.formats.qcow2.compression import ZLIB_LEVELS, ZSTD_LEVELS, Compress, deflater, zstd_compressor
+from casbackup.formats.qcow2.compression import ZSTD_LEVELS, Compress, deflater, zstd_compressor
 from casbackup.formats.qcow2.layout import ZLIB, ZSTD
 from casbackup.formats.qcow2.writer import CLUSTER_BYTES, StreamedOutput
 from casbackup.formats.single import check_single_disk
@@ -16,7 +17,7 @@ from casbackup.units import TiB
 
 _MAX_DISK_BYTES = 64 * TiB
 """QEMU refuses tables that a larger disk might need."""
-_DEFAULT_LEVELS = {"zlib": 1, "zstd": 3}
+_DEFAULT_LEVELS = {"none": 0, "zlib": FASTEST, "zstd": 3}
 
 
 class Qcow2Writer:
@@ -27,8 +28,8 @@ class Qcow2Writer:
     def __init__(self, compression: object = "none", level: object = None) -> None:
         """:raise UsageError: for values that there are not."""
         self._compression = chosen("compression", compression, ("none", "zlib", "zstd"))
-        levels = ZSTD_LEVELS if self._compression == "zstd" else ZLIB_LEVELS
-        default = _DEFAULT_LEVELS.get(self._compression, 1)
+        levels = ZSTD_LEVELS if self._compression == "zstd" else LEVELS
+        default = _DEFAULT_LEVELS[self._compression]
         self._level = default if level is None else whole_number("level", level, levels)
         compressed = self._compression != "none"
         self.capabilities = WriterCapabilities(

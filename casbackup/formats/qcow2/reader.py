@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from casbackup.errors import ArchiveDamaged, ArchiveUnsupported
+from casbackup.formats.deflate import Undecompressable
 from casbackup.formats.parallel import BATCH, mapped
 from casbackup.formats.port import (
     ArchiveDisk,
@@ -17,7 +18,7 @@ from casbackup.formats.port import (
     ReaderCapabilities,
     Zeros,
 )
-from casbackup.formats.qcow2.compression import Undecompressable, inflate, unzstd
+from casbackup.formats.qcow2.compression import unpack_deflated, unpack_zstd
 from casbackup.formats.qcow2.layout import (
     COMPRESSED,
     ENTRY_BYTES,
@@ -91,7 +92,7 @@ class Qcow2Archive:
     def _decompressed(self, run: _Run) -> Iterator[Data]:
         cluster_bytes = 1 << self._header.cluster_bits
         packed = [self._read_packed(entry) for entry in run.packed]
-        unpack = unzstd if self._header.compression == ZSTD else inflate
+        unpack = unpack_zstd if self._header.compression == ZSTD else unpack_deflated
         try:
             clusters = mapped(lambda data: unpack(data, cluster_bytes), packed)
         except Undecompressable as error:

@@ -7,12 +7,12 @@ the tables in front.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from casbackup.errors import ArchiveDamaged, ArchiveUnsupported
 from casbackup.formats.coverage import Coverage
+from casbackup.formats.deflate import ZLIB_FORMAT, Undecompressable, inflate
 from casbackup.formats.parallel import BATCH, mapped
 from casbackup.formats.port import (
     ArchiveDisk,
@@ -189,13 +189,14 @@ class VmdkArchive:
 
     def _decompress(self, grain: _Grain) -> memoryview:
         needed = min(self._grain_bytes, self._size_bytes - grain.offset)
-        decompressor = zlib.decompressobj()
         try:
-            plain = decompressor.decompress(grain.packed, self._grain_bytes + 1)
-        except zlib.error as error:
-            raise self._damaged(f"the grain of byte {grain.offset} of the disk cannot be decompressed") from error
-        if not decompressor.eof or not needed <= len(plain) <= self._grain_bytes:
-            raise self._damaged(f"the grain of byte {grain.offset} of the disk has the wrong length")
+            plain = inflate(grain.packed, self._grain_bytes, ZLIB_FORMAT)
+        except Undecompressable as error:
+            raise self._damaged(
+                f"the grain of byte {grain.offset} of the disk cannot be decompressed: {error}"
+            ) from error
+        if len(plain) < needed:
+            raise self._damaged(f"the grain of byte {grain.offset} of the disk has {len(plain)} bytes")
         return memoryview(plain)[:needed]
 
     def _damaged(self, what: str) -> ArchiveDamaged:

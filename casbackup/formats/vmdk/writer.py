@@ -5,11 +5,11 @@ header | descriptor | grains, each behind its marker | grain tables | grain dire
 
 from __future__ import annotations
 
-import zlib
 from array import array
 from collections.abc import Sequence
 
 from casbackup.errors import ArchiveIncomplete
+from casbackup.formats.deflate import FASTEST, LEVELS, ZLIB_FORMAT, deflate
 from casbackup.formats.options import whole_number
 from casbackup.formats.parallel import BATCH, mapped
 from casbackup.formats.port import ArchiveHead, ByteRange, ByteTarget, Order, WriterCapabilities
@@ -40,7 +40,6 @@ _DESCRIPTOR_SECTORS = 20
 _OVERHEAD = 128
 _MAX_DISK_BYTES = 2031 * GiB
 """Grain tables count sectors of the file in 32 bits. A grain that cannot be compressed takes 129 sectors."""
-_DEFAULT_LEVEL = 1
 
 
 class VmdkWriter:
@@ -50,9 +49,9 @@ class VmdkWriter:
         streams=True, order=Order.ANY, needs_map=False, unit_bytes=GRAIN_BYTES, max_disks=1, configs=False
     )
 
-    def __init__(self, level: object = _DEFAULT_LEVEL) -> None:
+    def __init__(self, level: object = FASTEST) -> None:
         """:raise UsageError: for a level that there is not."""
-        self._level = whole_number("level", level, range(1, 10))
+        self._level = whole_number("level", level, LEVELS)
 
     def check(self, head: ArchiveHead) -> None:
         check_single_disk(head, "vmdk", _MAX_DISK_BYTES)
@@ -124,7 +123,7 @@ class VmdkOutput:
         return -(-self._disk.size_bytes // (GRAIN_BYTES * _TABLE_ENTRIES))
 
     def _compress(self, grain: Buffer) -> bytes:
-        return zlib.compress(grain, self._level)
+        return deflate(grain, self._level, ZLIB_FORMAT)
 
     def _put_grains(self, grains: list[int], packed: list[bytes]) -> None:
         buffers: list[Buffer] = []
