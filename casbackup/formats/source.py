@@ -287,7 +287,7 @@ def _decompressing(first: bytes, raw: ByteSource) -> ByteSource:
         return _ZstdSource(cast(BinaryIO, reader), raw.name)
     for magic, opened in _DECOMPRESSORS.items():
         if first.startswith(magic):
-            file = opened(io.BufferedReader(_Stream(raw), _FEED_BYTES))
+            file = opened(cast(BinaryIO, _Stream(raw)))
             return DecompressedSource(cast(BinaryIO, file), raw.name)
     return raw
 
