@@ -42,8 +42,9 @@ MAX_MANIFEST_BYTES = 4 * MiB
 MAX_INDEX_BYTES = 4 * TiB
 INITIAL_INDEX_MAP_BYTES = 256 * MiB
 
-INDEX_BATCH_ENTRIES = 50_000
-"""Entries that one index transaction changes at the most, so that other writers get their turn."""
+INDEX_BATCH_ENTRIES = 8_000
+"""Entries that one index transaction of gc or repair changes at the most: other writers get their turn, and the pages
+that it changes, one for each entry at worst, are held in memory."""
 
 MAX_QUESTION_IDS = 65_536
 """Ids of one question to a server for what is missing; also of one request for records."""

@@ -12,9 +12,10 @@ shown in ``docs/architecture.md``; ``tests/reliability/test_model.py`` tries to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -320,25 +321,22 @@ def _expire(repository: Repository, rows: Sequence[SessionRow]) -> None:
 
 
 def _revive(repository: Repository, ids: Sequence[BlobId]) -> None:
-    for batch in _batches(ids):
+    def change(txn: Transaction, ids: Sequence[BlobId]) -> int:
+        return _set_epoch(repository, txn, ids, 0)
 
-        def change(txn: Transaction, batch: Sequence[BlobId] = batch) -> None:
-            _set_epoch(repository, txn, batch, 0)
-
-        repository.index.write(change)
+    _in_batches(repository.index, ids, change)
 
 
 def _doom(repository: Repository, ids: Sequence[BlobId]) -> None:
-    for batch in _batches(ids):
+    def change(txn: Transaction, ids: Sequence[BlobId]) -> int:
+        return _set_epoch(repository, txn, ids, repository.index.next_number(txn, "epoch"))
 
-        def change(txn: Transaction, batch: Sequence[BlobId] = batch) -> None:
-            _set_epoch(repository, txn, batch, repository.index.next_number(txn, "epoch"))
-
-        repository.index.write(change)
+    _in_batches(repository.index, ids, change)
 
 
-def _set_epoch(repository: Repository, txn: Transaction, ids: Sequence[BlobId], epoch: int) -> None:
-    """Mark living blobs as dying in ``epoch``, or, with 0, dying ones as living."""
+def _set_epoch(repository: Repository, txn: Transaction, ids: Sequence[BlobId], epoch: int) -> int:
+    """Mark living blobs as dying in ``epoch``, or, with 0, dying ones as living; returns how many."""
+    changed = 0
     for blob_id in ids:
         value = txn.get(blob_id, db=repository.index.blobs)
         if value is None:
@@ -346,6 +344,8 @@ def _set_epoch(repository: Repository, txn: Transaction, ids: Sequence[BlobId], 
         entry = decode_entry(value)
         if (entry.dying_epoch == 0) == (epoch > 0):
             txn.put(blob_id, entry._replace(dying_epoch=epoch).encode(), db=repository.index.blobs)
+            changed += 1
+    return changed
 
 
 def _quiet(repository: Repository, plan: GcPlan) -> bool:
@@ -358,46 +358,51 @@ def _quiet(repository: Repository, plan: GcPlan) -> bool:
 
 def _remove(repository: Repository, ids: Sequence[BlobId]) -> int:
     """Remove entries that are still dying: one that was stored again meanwhile is not."""
-    removed = 0
-    for batch in _batches(ids):
 
-        def change(txn: Transaction, batch: Sequence[BlobId] = batch) -> int:
-            count = 0
-            for blob_id in batch:
-                value = txn.get(blob_id, db=repository.index.blobs)
-                if value is not None and decode_entry(value).dying_epoch:
-                    txn.delete(blob_id, db=repository.index.blobs)
-                    txn.delete(blob_id, db=repository.index.outlines)
-                    count += 1
-            return count
+    def change(txn: Transaction, ids: Sequence[BlobId]) -> int:
+        removed = 0
+        for blob_id in ids:
+            value = txn.get(blob_id, db=repository.index.blobs)
+            if value is not None and decode_entry(value).dying_epoch:
+                txn.delete(blob_id, db=repository.index.blobs)
+                txn.delete(blob_id, db=repository.index.outlines)
+                removed += 1
+        return removed
 
-        removed += repository.index.write(change)
-    return removed
+    return _in_batches(repository.index, ids, change)
 
 
 def _sweep_packs(repository: Repository, plan: GcPlan, report: GcReport, progress: Progress) -> None:
     """Drop and rewrite packs by what the index says now, not by what the plan hoped for."""
+    packs, rows, sizes, moving = _sweep_plan(repository, plan.repack_garbage)
+    report.pending_bytes = packs.pending_bytes
+    for number in packs.drop:
+        drop_pack(repository, number, rows[number])
+        report.dropped_packs += 1
+        report.freed_bytes += sizes[rows[number].pack]
+    if packs.rewrite:
+        progress.start("rewriting packs", sum(sizes[rows[number].pack] for number in packs.rewrite))
+        outcome = repack(repository, moving, {n: rows[n] for n in packs.rewrite}, progress)
+        progress.finish()
+        for number in outcome.emptied:
+            drop_pack(repository, number, rows[number])
+            report.freed_bytes += sizes[rows[number].pack]
+        report.freed_bytes -= outcome.written_bytes
+        report.rewritten_packs = len(outcome.emptied)
+        report.notes += outcome.notes
+
+
+def _sweep_plan(
+    repository: Repository, repack_garbage: float
+) -> tuple[_PackPlan, dict[int, PackRow], dict[PackId, int], IndexTable]:
+    """The plan, the rows and sizes of packs, and of the table only what is to be moved: the whole of it can go."""
     view = _view(repository)
     useful = view.table.values["epoch"] == 0
     nothing = np.zeros(len(view.table), np.bool_)
     kept = {row.number for row in view.sessions}
-    packs = _plan_packs(repository, view, useful, nothing, kept, plan.repack_garbage)
-    report.pending_bytes = packs.pending_bytes
-    for number in packs.drop:
-        row = view.packs[number]
-        drop_pack(repository, number, row)
-        report.dropped_packs += 1
-        report.freed_bytes += view.sizes[row.pack]
-    if packs.rewrite:
-        progress.start("rewriting packs", sum(view.sizes[view.packs[number].pack] for number in packs.rewrite))
-        outcome = repack(repository, view.table, {n: view.packs[n] for n in packs.rewrite}, progress)
-        progress.finish()
-        for number in outcome.emptied:
-            drop_pack(repository, number, view.packs[number])
-            report.freed_bytes += view.sizes[view.packs[number].pack]
-        report.freed_bytes -= outcome.written_bytes
-        report.rewritten_packs = len(outcome.emptied)
-        report.notes += outcome.notes
+    packs = _plan_packs(repository, view, useful, nothing, kept, repack_garbage)
+    moving = view.table.where(np.isin(view.table.values["pack"], packs.rewrite))
+    return packs, view.packs, view.sizes, moving
 
 
 def _remove_orphans(repository: Repository, plan: GcPlan, report: GcReport) -> None:
@@ -415,6 +420,15 @@ def drop_pack(repository: Repository, number: int, row: PackRow) -> None:
     repository.store.storage.delete(row.pack)
 
 
-def _batches(ids: Sequence[BlobId]) -> Iterator[Sequence[BlobId]]:
+class _Change(Protocol):
+    def __call__(self, txn: Transaction, ids: Sequence[BlobId]) -> int: ...
+
+
+def _in_batches(index: Index, ids: Sequence[BlobId], change: _Change) -> int:
+    """Change some ids a transaction, so that backups get their turn; returns the sum of what ``change`` gives."""
+    total = 0
     for start in range(0, len(ids), INDEX_BATCH_ENTRIES):
-        yield ids[start : start + INDEX_BATCH_ENTRIES]
+        batch = ids[start : start + INDEX_BATCH_ENTRIES]
+        total += index.write(partial(change, ids=batch))
+        index.release_pages()
+    return total

@@ -5,7 +5,7 @@ or two.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, count, islice
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from casbackup.spec.record import HEADER_BYTES
 from casbackup.store.index import Index
 
 _BATCH = 16384
+_RELEASE_EVERY = 8
+"""Batches after which the pages that were read are given back: some 20 MB of them."""
 VALUE = np.dtype(
     [(name, "<u4") for name in ("pack", "offset", "stored", "plain", "session", "verified", "epoch")]
     + [(name, "u1") for name in ("kind", "flags", "state", "reserved")]
@@ -49,6 +51,10 @@ class IndexTable:
         raw = self.ids[rows].tobytes()
         return [BlobId(raw[i : i + ID_BYTES]) for i in range(0, len(raw), ID_BYTES)]
 
+    def where(self, rows: Bools) -> IndexTable:
+        """A table of these rows alone, with memory of its own."""
+        return IndexTable(self.ids[rows], self.values[rows])
+
     def id(self, row: int) -> BlobId:
         return BlobId(self.ids[row].tobytes())
 
@@ -58,14 +64,19 @@ def read_index(index: Index) -> IndexTable:
     with index.read() as txn:
         room = txn.stat(index.blobs)["entries"]
     rows = np.empty((room, _ROW.itemsize), np.uint8)
-    count, after = 0, b""
-    while len(batch := _batch(index, after)):
-        if count + len(batch) > len(rows):
-            rows = np.resize(rows, (count + len(batch) + _BATCH, _ROW.itemsize))
-        rows[count : count + len(batch)] = batch
-        count += len(batch)
+    filled, after = 0, b""
+    for number in count(1):
+        batch = _batch(index, after)
+        if number % _RELEASE_EVERY == 0 or not len(batch):
+            index.release_pages()
+        if not len(batch):
+            break
+        if filled + len(batch) > len(rows):
+            rows = np.resize(rows, (filled + len(batch) + _BATCH, _ROW.itemsize))
+        rows[filled : filled + len(batch)] = batch
+        filled += len(batch)
         after = batch[-1, :ID_BYTES].tobytes()
-    table = rows[:count].view(_ROW).ravel()
+    table = rows[:filled].view(_ROW).ravel()
     return IndexTable(table["id"], table["value"])
 
 

@@ -73,6 +73,7 @@ def mark(
             except DataDamage as damage:
                 result.unreadable[node] = damage
                 frontier += _below_lost(store, node, collected)
+        store.index.release_pages()
         if visited is not None:
             visited(len(batch))
     result.nodes = len(seen)

@@ -86,6 +86,7 @@ def repack(
                     outcome.notes.append(str(record))
             if clean:
                 outcome.emptied.append(number)
+            repository.index.release_pages()
         mover.flush(seal=True)
     finally:
         mover.close()

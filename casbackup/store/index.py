@@ -165,6 +165,13 @@ class Index:
         value = txn.get(b"number:" + name.encode(), db=self.meta)
         return int.from_bytes(value, "big") if value else 0
 
+    def release_pages(self) -> None:
+        """Map the file anew, so that the pages that were read no longer count as memory of this process.
+
+        Whoever walks through all of a large index does that now and then; it waits for this process's transactions.
+        """
+        self._resize(self._map_bytes)
+
     def size_bytes(self) -> int:
         """Bytes of the index file that are in use."""
         info = self._env.info()
