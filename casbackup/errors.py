@@ -10,7 +10,8 @@
      +- SessionError
      |   +- SessionNotFound, SessionBusy, ClosureViolation
      +- SnapshotError
-     |   +- SnapshotNotFound, SnapshotAmbiguous, SnapshotPinned, ManifestDamaged
+     |   +- SnapshotNotFound, SnapshotAmbiguous, SnapshotPinned, SnapshotConflict, ManifestDamaged
+     +- SyncIncomplete        some snapshots could not be copied
      +- DataDamage            stored bytes are not what they should be
      |   +- BlobMissing, BlobDamaged, PackDamaged, NodeInvalid, DamageFound, RestoreIncomplete
      +- SourceError
@@ -26,7 +27,10 @@
      |   +- ServerUnreachable, ServerBusy, ServerFault, ServerProtocolError, RequestRefused, NeedsFolder
      |   +- TokenMissing, TokenInvalid, RightMissing, SessionDetached
      +- LiveBackupError       a backup beside a running guest
-     |   +- BackupBroken, GuestWriteRefused
+     |   +- BackupBroken, GuestWriteRefused, SinkLost, BackupJobFailed, BackupJobNotFound, LiveBackupBusy,
+     |   +- LiveUnsupported, DiskUnknown
+     |   +- QmpError, QmpUnreachable, QmpLost, QmpTimeout, QmpProtocolError, QmpCommandFailed
+     |   +- GuestAgentError, GuestAgentUnavailable, GuestAgentFailed
      +- Interrupted
 
 A class carries a stable ``code`` (for ``--json`` and the documentation), the process's ``exit_status``,
@@ -305,12 +309,28 @@ class SnapshotPinned(SnapshotError):
     advice = "Remove the pin with `casbackup pin --remove` first."
 
 
+class SnapshotConflict(SnapshotError):
+    """The VM has another snapshot of the very same time, and times name snapshots."""
+
+    code = "snapshot-conflict"
+    exit_status = ExitStatus.FAILED
+    advice = "Both are as they were. To copy the other one, forget the one that is in its place."
+
+
 class ManifestDamaged(SnapshotError):
     """A snapshot's manifest file is damaged."""
 
     code = "manifest-damaged"
     exit_status = ExitStatus.DAMAGED
     advice = "Restore the file from a copy of the repository; the other snapshots are not affected."
+
+
+class SyncIncomplete(CasbackupError):
+    """Some snapshots could not be copied; the others were."""
+
+    code = "sync-incomplete"
+    exit_status = ExitStatus.INCOMPLETE
+    advice = "The result lists them and why. Run the same command again once that is mended: only they are copied then."
 
 
 class DataDamage(CasbackupError):
@@ -645,6 +665,119 @@ class GuestWriteRefused(LiveBackupError):
 
     code = "guest-write-refused"
     advice = "Nothing was overwritten. End the backup, or let it break instead (break-backup)."
+
+
+class SinkLost(LiveBackupError):
+    """The process that takes the guest's data has died."""
+
+    code = "sink-lost"
+    retryable = True
+    advice = "Writes of the guest were answered in its place and the backup was ended. See the system's log for why."
+
+
+class BackupJobFailed(LiveBackupError):
+    """A backup job inside QEMU ended with an error."""
+
+    code = "backup-job-failed"
+    retryable = True
+    advice = "The message is QEMU's own. The dirty bitmaps of earlier backups are as they were."
+
+
+class BackupJobNotFound(LiveBackupError):
+    """No backup of that name is running here."""
+
+    code = "backup-job-not-found"
+    exit_status = ExitStatus.USAGE
+    advice = "`casbackup job list` shows what is running; only its own user sees a job."
+
+
+class LiveBackupBusy(LiveBackupError):
+    """The VM is being backed up already."""
+
+    code = "live-backup-busy"
+    exit_status = ExitStatus.BUSY
+    retryable = True
+    advice = "Wait for the other backup to end; `casbackup job list` shows those of this machine."
+
+
+class LiveUnsupported(LiveBackupError):
+    """This QEMU cannot do what was asked for."""
+
+    code = "live-unsupported"
+    exit_status = ExitStatus.USAGE
+    advice = "See docs/how-to/live-backup.md for what needs which version of QEMU."
+
+
+class DiskUnknown(LiveBackupError):
+    """The VM has no disk that was named, or none at all to back up."""
+
+    code = "disk-unknown"
+    exit_status = ExitStatus.USAGE
+    advice = "The message lists the disks that the VM has."
+
+
+class QmpError(LiveBackupError):
+    """Talking to QEMU's monitor (QMP) failed."""
+
+    code = "qmp"
+
+
+class QmpUnreachable(QmpError):
+    """There is no QMP monitor at the socket, or it is busy with another client."""
+
+    code = "qmp-unreachable"
+    retryable = True
+    advice = "Check the path. A QMP socket serves one client at a time: give the VM a second one for backups."
+
+
+class QmpLost(QmpError):
+    """The connection to QMP ended: QEMU has quit or crashed."""
+
+    code = "qmp-lost"
+    advice = "See QEMU's log. No snapshot was made."
+
+
+class QmpTimeout(QmpError):
+    """QEMU did not answer a command in time."""
+
+    code = "qmp-timeout"
+    retryable = True
+    advice = "QEMU may be waiting for a slow disk or network storage."
+
+
+class QmpProtocolError(QmpError):
+    """What came is not QMP."""
+
+    code = "qmp-protocol"
+    advice = "Check that the socket is that of a monitor in control mode (-qmp), not of a human one or of the agent."
+
+
+class QmpCommandFailed(QmpError):
+    """QEMU refused a command."""
+
+    code = "qmp-command-failed"
+    advice = "The message is QEMU's own."
+
+
+class GuestAgentError(LiveBackupError):
+    """The guest's agent does not do what it is asked."""
+
+    code = "guest-agent"
+
+
+class GuestAgentUnavailable(GuestAgentError):
+    """The guest's agent does not answer."""
+
+    code = "guest-agent-unavailable"
+    retryable = True
+    advice = "Start qemu-guest-agent in the guest, or give --freeze never for a crash-consistent backup."
+
+
+class GuestAgentFailed(GuestAgentError):
+    """The guest's agent reported an error."""
+
+    code = "guest-agent-failed"
+    advice = "The message is the agent's own; its freeze hooks may have failed."
 
 
 class Interrupted(CasbackupError):

@@ -4,14 +4,16 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from casbackup.errors import ManifestDamaged
 from casbackup.ids import BlobId, Namespace, SessionId, VmName
+from casbackup.peer.usage import UsageReport
 from casbackup.repository.catalog import Snapshot
 from casbackup.spec.config import RepositoryConfig
-from casbackup.spec.manifest import Manifest
+from casbackup.spec.manifest import Manifest, Sidecar
 from casbackup.spec.record import Record
 from casbackup.store.blobstore import Fetched
 from casbackup.store.writer import StoredBytes
@@ -20,7 +22,7 @@ from casbackup.store.writer import StoredBytes
 class PeerSession(Protocol):
     """One backup in progress; safe from several threads but for its end.
 
-    Order of use: ``missing`` and ``send`` in any number, then one of ``commit``, ``abort`` or ``park``. Children
+    Order of use: ``missing`` and ``send`` in any number, then one of ``commit``, ``finish``, ``abort`` or ``park``. Children
     are sent before the nodes that name them. What ``missing`` did not return, and what was sent, stays stored
     until the session ends.
     """
@@ -31,11 +33,21 @@ class PeerSession(Protocol):
     def missing(self, ids: Sequence[BlobId]) -> set[BlobId]:
         """Those of ``ids`` that must be sent."""
 
+    def missing_leaf(self, leaf: BlobId, chunks: Sequence[BlobId]) -> set[BlobId]:
+        """Those of a leaf and its chunks that must be sent; none if the leaf is there, for then its chunks are."""
+
     def send(self, records: Sequence[Record]) -> StoredBytes:
         """Store blobs. Sending what is stored already is not an error and counts nothing.
 
         :raise ClosureViolation: when a tree node names something that is neither stored nor sent before it. What
             stands before that node is stored all the same.
+        """
+
+    def send_soon(self, records: Sequence[Record], then: Callable[[StoredBytes], None]) -> None:
+        """Like ``send``, but need not wait for it. ``then`` gets what was stored, from any thread, before the next
+        ``flush`` or ``commit`` returns. The records' memory must not change any more.
+
+        An error is raised here, or by any later call; at the latest by ``flush`` or ``commit``.
         """
 
     def flush(self) -> None:
@@ -46,6 +58,21 @@ class PeerSession(Protocol):
 
         :raise ClosureViolation: when something that it needs is not stored.
         """
+
+    def adopt(self, manifest: bytes, sidecar: Sidecar = ...) -> Snapshot:
+        """Make a copy of another repository's snapshot visible: its manifest as it is, so the same id, number, parent
+        and time. What was sent is durable then. The session goes on, and may adopt others.
+
+        ``sidecar``: what was changed about it later. One that is here already is not an error, and keeps its own.
+        It may be called from several threads, and beside ``send``.
+
+        :raise ManifestDamaged: when the bytes are no manifest. :raise ClosureViolation: when something that it needs
+        is not stored. :raise NodeInvalid: when a root is not that of a disk of its size.
+        :raise SnapshotConflict: when the VM has another snapshot of that time.
+        """
+
+    def finish(self) -> None:
+        """End a session that adopted: what no snapshot needs of what it sent becomes garbage."""
 
     def abort(self) -> None: ...
 
@@ -67,8 +94,19 @@ class Peer(Protocol):
     def snapshots(self, namespace: Namespace | None = None, vm: VmName | None = None) -> list[Snapshot]:
         """In order of namespace, VM and sequence."""
 
+    def survey(
+        self, namespace: Namespace | None = None, vm: VmName | None = None
+    ) -> tuple[list[Snapshot], list[ManifestDamaged]]:
+        """Like ``snapshots``, but gives what is wrong beside what is right."""
+
     def find(self, reference: str, namespace: Namespace) -> Snapshot:
         """:raise SnapshotNotFound: / :raise SnapshotAmbiguous: when not exactly one matches."""
+
+    def manifest(self, snapshot: Snapshot) -> bytes:
+        """The bytes of its manifest, whose BLAKE3 is its id.
+
+        :raise SnapshotNotFound: when it was forgotten and its bytes cannot be told.
+        """
 
     def fetch(self, ids: Sequence[BlobId]) -> Iterator[Fetched]:
         """The records of distinct ``ids`` in whatever order is quickest; what cannot be had comes as an error in its
@@ -79,3 +117,25 @@ class Peer(Protocol):
 
     def reading(self, snapshot: Snapshot) -> AbstractContextManager[None]:
         """While this is entered, the snapshot's data stays, even if it is forgotten."""
+
+    def annotate(
+        self,
+        snapshot: Snapshot,
+        *,
+        pinned: bool | None = None,
+        labels: Sequence[str] | None = None,
+        notes: str | None = None,
+    ) -> Snapshot:
+        """Change what may change about a snapshot; None leaves a part as it is. Durable on return."""
+
+    def remove(self, snapshots: Sequence[Snapshot]) -> None:
+        """Forget snapshots. One that is gone already is not an error.
+
+        :raise SnapshotPinned: when one is pinned now.
+        """
+
+    def usage(self, groups: Sequence[Sequence[Snapshot]]) -> UsageReport:
+        """What each group of snapshots costs, and all of the repository.
+
+        :raise DataDamage: when that cannot be known.
+        """

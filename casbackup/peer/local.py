@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 
+from casbackup.errors import ManifestDamaged
 from casbackup.ids import BlobId, Namespace, SessionId, VmName
+from casbackup.peer.usage import UsageReport, usage_of
 from casbackup.repository.catalog import Snapshot
 from casbackup.repository.repository import Repository
 from casbackup.repository.sessions import Session, reading
@@ -34,11 +36,37 @@ class LocalPeer:
     def snapshots(self, namespace: Namespace | None = None, vm: VmName | None = None) -> list[Snapshot]:
         return self.repository.catalog.all(namespace, vm)
 
+    def survey(
+        self, namespace: Namespace | None = None, vm: VmName | None = None
+    ) -> tuple[list[Snapshot], list[ManifestDamaged]]:
+        return self.repository.catalog.survey(namespace, vm)
+
     def find(self, reference: str, namespace: Namespace) -> Snapshot:
         return self.repository.catalog.find(reference, namespace)
+
+    def manifest(self, snapshot: Snapshot) -> bytes:
+        return self.repository.catalog.manifest(snapshot)
 
     def fetch(self, ids: Sequence[BlobId]) -> Iterator[Fetched]:
         return self.repository.store.fetch(ids)
 
     def reading(self, snapshot: Snapshot) -> AbstractContextManager[None]:
         return reading(self.repository, snapshot)
+
+    def annotate(
+        self,
+        snapshot: Snapshot,
+        *,
+        pinned: bool | None = None,
+        labels: Sequence[str] | None = None,
+        notes: str | None = None,
+    ) -> Snapshot:
+        self.repository.require_writable()
+        return self.repository.catalog.annotate(snapshot, pinned=pinned, labels=labels, notes=notes)
+
+    def remove(self, snapshots: Sequence[Snapshot]) -> None:
+        self.repository.require_writable()
+        self.repository.catalog.remove(snapshots)
+
+    def usage(self, groups: Sequence[Sequence[Snapshot]]) -> UsageReport:
+        return usage_of(self.repository, groups)

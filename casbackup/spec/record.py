@@ -25,6 +25,8 @@ from casbackup.spec.magic import RECORD
 
 HEADER_BYTES = 64
 CHECKED_BYTES = 48
+ID_AT = 16
+"""Where the id stands in the header."""
 CHECKSUM_BYTES = 16
 FLAG_ZSTD = 0x01
 KNOWN_FLAGS = FLAG_ZSTD

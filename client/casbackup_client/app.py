@@ -15,12 +15,12 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from casbackup.errors import UsageError
+from casbackup.errors import NeedsFolder, UsageError
 from casbackup_client.output import Output, is_terminal
 
 if TYPE_CHECKING:
     from casbackup.ids import Namespace
-    from casbackup.peer.local import LocalPeer
+    from casbackup.peer.api import Peer
     from casbackup.progress import Progress
     from casbackup.repository.repository import Repository
     from casbackup_client.config_file import Profile
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 ENVIRONMENT = {
     "CASBACKUP_REPOSITORY": "The repository, if neither -r nor --profile names one.",
     "CASBACKUP_NAMESPACE": "The namespace, if neither --namespace nor --profile names one.",
+    "CASBACKUP_TOKEN": "The token for a repository on a server.",
+    "CASBACKUP_TOKEN_FILE": "A file with the token in its first line.",
+    "CASBACKUP_TOKEN_COMMAND": "A command, split as a shell does, that prints the token.",
+    "CASBACKUP_CACERT": "A file of certificates (PEM) to trust besides the system's; as --cacert.",
     "CASBACKUP_CONFIG": "The configuration file, instead of the user's and the system's.",
     "CASBACKUP_DEBUG": "1: print a traceback with every error.",
     "NO_COLOR": "If set and not empty: no colours on a terminal.",
@@ -35,6 +39,11 @@ ENVIRONMENT = {
     "TZ": "The time zone in which retention rules count days; default: that of the machine.",
 }
 """The variables that the command looks at, for the documentation."""
+
+
+def is_address(repository: str) -> bool:
+    """Is it on a server? (Told here so that a local command need not load what talks to servers.)"""
+    return repository.startswith(("http://", "https://"))
 
 
 class App:
@@ -45,6 +54,7 @@ class App:
         self.repository_option: str | None = None
         self.profile_option: str | None = None
         self.namespace_option: str | None = None
+        self.cacert_option: str | None = None
         self.json = False
         self.quiet = False
         self.verbose = False
@@ -55,10 +65,15 @@ class App:
 
     @property
     def repository_path(self) -> str:
-        """:raise UsageError: when nothing says which repository is meant."""
+        """The path of its folder, or its address on a server.
+
+        :raise UsageError: when nothing says which repository is meant.
+        """
         path = self.repository_option or self._setting("repository", "CASBACKUP_REPOSITORY")
         if not path:
-            raise UsageError("no repository is named: give -r PATH, set CASBACKUP_REPOSITORY, or use a profile")
+            raise UsageError(
+                "no repository is named: give -r PATH or -r URL, set CASBACKUP_REPOSITORY, or use a profile"
+            )
         return path
 
     @property
@@ -74,16 +89,37 @@ class App:
         """The open repository. ``read_only`` None: as its folder's rights allow."""
         from casbackup.repository.repository import Repository
 
-        with Repository.open(self.repository_path, read_only=read_only) as repository:
+        with Repository.open(self.folder_path, read_only=read_only) as repository:
             yield repository
 
-    @contextlib.contextmanager
-    def peer(self) -> Iterator[LocalPeer]:
-        """The repository as jobs want it."""
-        from casbackup.peer.local import LocalPeer
+    @property
+    def folder_path(self) -> str:
+        """The repository's path, for what works on its folder.
 
-        with self.repository() as repository:
-            yield LocalPeer(repository)
+        :raise NeedsFolder: when the repository is on a server.
+        """
+        path = self.repository_path
+        if is_address(path):
+            raise NeedsFolder(f"this works on the repository's folder, and {path} is on a server")
+        return path
+
+    @contextlib.contextmanager
+    def peer(self) -> Iterator[Peer]:
+        """The repository as jobs want it: in a folder, or on a server."""
+        path = self.repository_path
+        if not is_address(path):
+            from casbackup.peer.local import LocalPeer
+
+            with self.repository() as repository:
+                yield LocalPeer(repository)
+            return
+        from casbackup.peer.http.address import parse_address
+        from casbackup.peer.http.peer import HttpPeer
+        from casbackup_client.credentials import find_credentials
+
+        address = parse_address(path)
+        with HttpPeer(address, find_credentials(self._profile, self.environment, self.cacert_option)) as peer:
+            yield peer
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Progress]:

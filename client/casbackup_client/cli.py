@@ -46,6 +46,7 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "label": Entry("annotate:label", "Change a snapshot's labels and notes."),
     },
     "Administer": {
+        "serve": Entry("serve:serve", "Serve repositories over HTTP."),
         "migrate": Entry("migrate:migrate", "Bring a repository to the current format."),
         "sessions": Entry("sessions:sessions", "List or abort backups that are under way or were interrupted."),
         "completion": Entry("about:completion", "Print a shell's completion script."),

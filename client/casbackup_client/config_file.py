@@ -7,6 +7,10 @@ with it.
     repository = "/backup/vms"
     namespace = "acme/prod"
 
+    [profiles.remote]
+    repository = "https://backup.example.com:8007/main"
+    token-file = "~/.config/casbackup/token"
+
 It is ``$CASBACKUP_CONFIG`` if that is set, otherwise ``config.toml`` in the user's configuration folder
 (``~/.config/casbackup``), whose profiles come before those of ``/etc/casbackup/config.toml``.
 """
@@ -32,6 +36,16 @@ class Profile(NamedTuple):
 
     repository: str | None = None
     namespace: str | None = None
+    token: str | None = None
+    token_file: str | None = None
+    token_command: str | None = None
+    cacert: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Profile(repository={self.repository!r})"
+
+
+PROFILE_KEYS = tuple(name.replace("_", "-") for name in Profile._fields)
 
 
 class ConfigFile(NamedTuple):
@@ -146,7 +160,7 @@ def _checked(content: Mapping[str, Any], checker: _Checker) -> ConfigFile:
 
 def _profile(checker: _Checker, name: str, table: Mapping[str, Any]) -> Profile:
     place = ("profiles", name)
-    checker.check_keys(table, Profile._fields, place)
+    checker.check_keys(table, PROFILE_KEYS, place)
     repository = checker.text(table, "repository", place)
     namespace = checker.text(table, "namespace", place)
     if namespace is not None:
@@ -154,7 +168,18 @@ def _profile(checker: _Checker, name: str, table: Mapping[str, Any]) -> Profile:
             parse_namespace(namespace)
         except CasbackupError as error:
             raise checker.wrong("namespace", place, str(error)) from error
-    if repository is not None:
-        folder = os.path.dirname(os.path.abspath(checker.path))
-        repository = os.path.join(folder, os.path.expanduser(repository))
-    return Profile(repository, namespace)
+    return Profile(
+        _path(checker, repository),
+        namespace,
+        checker.text(table, "token", place),
+        _path(checker, checker.text(table, "token-file", place)),
+        checker.text(table, "token-command", place),
+        _path(checker, checker.text(table, "cacert", place)),
+    )
+
+
+def _path(checker: _Checker, text: str | None) -> str | None:
+    """A path of the file, from the file's folder on; the address of a server as it is."""
+    if text is None or text.startswith(("http://", "https://")):
+        return text
+    return os.path.join(os.path.dirname(os.path.abspath(checker.path)), os.path.expanduser(text))

@@ -42,7 +42,8 @@ _GLOBAL_OPTIONS = (
         "--repo",
         metavar="PATH",
         type=click.Path(),
-        help="The repository; default: that of the profile, or CASBACKUP_REPOSITORY.",
+        help="The repository, a folder or https://host:port/NAME; default: that of the profile, or "
+        "CASBACKUP_REPOSITORY.",
     ),
     _global(
         "profile_option",
@@ -57,6 +58,13 @@ _GLOBAL_OPTIONS = (
         metavar="NAME",
         help="The namespace; default: CASBACKUP_NAMESPACE, or `default`.",
     ),
+    _global(
+        "cacert_option",
+        "--cacert",
+        metavar="FILE",
+        type=click.Path(),
+        help="Trust these certificates of servers besides the system's; default: CASBACKUP_CACERT.",
+    ),
     _global("json", "--json", is_flag=True, help="Print one JSON document, and errors as JSON."),
     _global(
         "quiet",
@@ -68,7 +76,7 @@ _GLOBAL_OPTIONS = (
     _global("verbose", "-v", "--verbose", is_flag=True, help="More details."),
 )
 GLOBAL_NAMES = frozenset(
-    {"--repo", "--profile", "--namespace", "--json", "--quiet", "--verbose", "--help", "--version"}
+    {"--repo", "--profile", "--namespace", "--cacert", "--json", "--quiet", "--verbose", "--help", "--version"}
 )
 
 

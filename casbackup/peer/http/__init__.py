@@ -1,0 +1,1 @@
+"""A repository on a chunk server as a peer."""

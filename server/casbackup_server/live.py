@@ -1,0 +1,253 @@
+"""What this process keeps for clients: sessions they are attached to, and readings. Both end when nothing is heard.
+
+A client names itself by an *attachment*, a random number of its own, whenever it speaks of a session. So a request
+that is made twice is told from another client's, and a client may go on after this process was restarted: it resumes
+the session with the same attachment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from casbackup.errors import CasbackupError, SessionBusy, SessionDetached, SessionNotFound
+from casbackup.ids import Namespace, SessionId, VmName
+from casbackup.repository.catalog import Snapshot
+from casbackup.repository.repository import Repository
+from casbackup.repository.sessions import Session, reading
+from casbackup.spec.manifest import Manifest
+from casbackup.spec.record import Record
+
+SILENCE_S = 45.0
+"""A session is parked, and a reading ended, whose client was silent for so long."""
+
+_REMEMBERED_COMMITS = 1000
+
+
+@dataclass(slots=True)
+class LiveSession:
+    """A session that a client is attached to."""
+
+    session: Session
+    attachment: str
+    namespace: Namespace
+    vm: VmName
+    heard_s: float
+    attached_ms: int
+    """The server's time when the client was attached: its backup begins then."""
+    busy: int = 0
+    """Requests under way: they are signs of life."""
+    _append: threading.Lock = field(default_factory=threading.Lock)
+    _durable: threading.Lock = field(default_factory=threading.Lock)
+    _stored: int = 0
+    _flushed: int = 0
+
+    def store(self, records: Sequence[Record]) -> list[bool]:
+        """Store what is not stored yet, durably; tells of each record whether it was new.
+
+        :raise ClosureViolation, DataDamage: for a bad node; what stands before it is stored.
+        """
+        with self._append:
+            missing = self.session.missing([record.id for record in records])
+            new: list[bool] = []
+            for record in records:
+                new.append(record.id in missing)
+                missing.discard(record.id)
+            try:
+                self.session.send([record for record, is_new in zip(records, new, strict=True) if is_new])
+            finally:
+                self._stored += 1
+                mine = self._stored
+        self._flush(mine)
+        return new
+
+    def _flush(self, mine: int) -> None:
+        """Many wait for one flush: whoever comes while another one is under way is covered by the next."""
+        with self._durable:
+            if self._flushed < mine:
+                reached = self._stored
+                self.session.flush()
+                self._flushed = reached
+
+
+@dataclass(slots=True)
+class _Reading:
+    stack: contextlib.ExitStack
+    heard_s: float
+
+
+class LiveSessions:
+    """The sessions and readings of one repository. Safe from several threads."""
+
+    def __init__(self, repository: Repository, *, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._repository = repository
+        self._now_s = now_s
+        self._lock = threading.Lock()
+        self._attaching = threading.Lock()
+        """Held while a session is opened or resumed, so that the same request made twice at once does it once."""
+        self._sessions: dict[SessionId, LiveSession] = {}
+        self._committed: OrderedDict[tuple[SessionId, str], Snapshot] = OrderedDict()
+        self._readings: dict[str, _Reading] = {}
+
+    # --- sessions
+
+    def open(self, namespace: Namespace, vm: VmName, attachment: str) -> SessionId:
+        """A new session; the same one if this client opened it already, for an answer may get lost."""
+        with self._attaching:
+            with self._lock:
+                for live in self._sessions.values():
+                    if live.attachment == attachment:
+                        return live.session.id
+            self._repository.require_writable()
+            return self._add(self._repository.sessions.open(namespace, vm), namespace, vm, attachment)
+
+    def resume(self, session_id: SessionId, attachment: str, allowed: Callable[[Namespace, VmName], None]) -> SessionId:
+        """Attach a client to a session that is parked, or that it is attached to already.
+
+        ``allowed`` raises when the client may not have a session of this VM.
+
+        :raise SessionBusy: when another client is attached. :raise SessionNotFound: when there is none.
+        """
+        namespace, vm = self.owner(session_id)
+        allowed(namespace, vm)
+        with self._attaching:
+            with self._lock:
+                live = self._sessions.get(session_id)
+                if live is not None:
+                    _require_same(live, attachment)
+                    live.heard_s = self._now_s()
+                    return session_id
+            return self._add(self._repository.sessions.resume(session_id), namespace, vm, attachment)
+
+    @contextlib.contextmanager
+    def using(self, session_id: SessionId, attachment: str) -> Iterator[LiveSession]:
+        """The session, for one request of the client that is attached to it.
+
+        :raise SessionDetached: when nobody is attached to it, but somebody could be.
+        :raise SessionNotFound: when there is none. :raise SessionBusy: when another client is attached.
+        """
+        with self._lock:
+            live = self._sessions.get(session_id)
+            if live is not None:
+                _require_same(live, attachment)
+                live.busy += 1
+        if live is None:
+            self.owner(session_id)
+            raise SessionDetached(f"nobody is attached to session {session_id}")
+        try:
+            yield live
+        finally:
+            with self._lock:
+                live.busy -= 1
+                live.heard_s = self._now_s()
+
+    def commit(self, session_id: SessionId, attachment: str, prepare: Callable[[LiveSession], Manifest]) -> Snapshot:
+        """Commit the manifest that ``prepare`` gives, or tell again what was committed."""
+        with self._lock:
+            done = self._committed.get((session_id, attachment))
+        if done is not None:
+            return done
+        with self.using(session_id, attachment) as live:
+            snapshot = live.session.commit(prepare(live))
+            with self._lock:
+                self._sessions.pop(session_id, None)
+                self._committed[session_id, attachment] = snapshot
+                while len(self._committed) > _REMEMBERED_COMMITS:
+                    self._committed.popitem(last=False)
+        return snapshot
+
+    def end(self, session_id: SessionId, attachment: str, *, abort: bool) -> None:
+        """Abort or park."""
+        with self.using(session_id, attachment) as live:
+            with self._lock:
+                self._sessions.pop(session_id, None)
+            if abort:
+                live.session.abort()
+            else:
+                live.session.park()
+
+    def owner(self, session_id: SessionId) -> tuple[Namespace, VmName]:
+        """:raise SessionNotFound: when there is no such session."""
+        with self._repository.index.read() as txn:
+            row = self._repository.sessions.get(txn, session_id)
+        if row is None:
+            raise SessionNotFound(f"there is no session {session_id}")
+        return row.namespace, row.vm
+
+    def _add(self, session: Session, namespace: Namespace, vm: VmName, attachment: str) -> SessionId:
+        live = LiveSession(session, attachment, namespace, vm, self._now_s(), self._repository.clock.now_ms())
+        with self._lock:
+            self._sessions[session.id] = live
+        return session.id
+
+    # --- readings
+
+    def goes_on(self, reading_id: str) -> bool:
+        """A sign of life of a reading; False when there is none of that id."""
+        with self._lock:
+            known = self._readings.get(reading_id)
+            if known is not None:
+                known.heard_s = self._now_s()
+            return known is not None
+
+    def read(self, reading_id: str, snapshot: Snapshot) -> None:
+        """Keep a snapshot's data for a client.
+
+        :raise SnapshotNotFound: when it was forgotten a moment ago.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(reading(self._repository, snapshot))
+            with self._lock:
+                if reading_id not in self._readings:
+                    self._readings[reading_id] = _Reading(stack.pop_all(), self._now_s())
+
+    def end_reading(self, reading_id: str) -> None:
+        """Ending what has ended is not an error."""
+        with self._lock:
+            ended = self._readings.pop(reading_id, None)
+        if ended is not None:
+            ended.stack.close()
+
+    # --- ends
+
+    def park_silent(self, silence_s: float = SILENCE_S) -> list[SessionId]:
+        """Park sessions and end readings whose clients were not heard of for long; returns the sessions."""
+        limit_s = self._now_s() - silence_s
+        with self._lock:
+            silent = [live for live in self._sessions.values() if not live.busy and live.heard_s < limit_s]
+            for live in silent:
+                del self._sessions[live.session.id]
+            ended = [reading_id for reading_id, item in self._readings.items() if item.heard_s < limit_s]
+        for live in silent:
+            _park(live.session)
+        for reading_id in ended:
+            self.end_reading(reading_id)
+        return [live.session.id for live in silent]
+
+    def close(self) -> None:
+        """Park everything: what was acknowledged is there when the clients come back."""
+        with self._lock:
+            sessions, self._sessions = list(self._sessions.values()), {}
+            readings = list(self._readings)
+        for live in sessions:
+            _park(live.session)
+        for reading_id in readings:
+            self.end_reading(reading_id)
+
+    def count(self) -> int:
+        return len(self._sessions)
+
+
+def _require_same(live: LiveSession, attachment: str) -> None:
+    if live.attachment != attachment:
+        raise SessionBusy(f"another client works on session {live.session.id}")
+
+
+def _park(session: Session) -> None:
+    with contextlib.suppress(CasbackupError):
+        session.flush()
+    session.park()

@@ -1,0 +1,75 @@
+"""Bodies that are not JSON, and how OpenAPI describes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from casbackup.errors import RequestRefused, ServerProtocolError
+from casbackup.spec.wire import BINARY
+from casbackup_server.problems import Refusal
+
+_SCHEMA = {"type": "string", "format": "binary"}
+
+
+def taking(description: str, longest: int) -> dict[str, Any]:
+    """What OpenAPI says of an operation with a binary body."""
+    schema = {**_SCHEMA, "maxLength": longest}
+    return {"requestBody": {"required": True, "description": description, "content": {BINARY: {"schema": schema}}}}
+
+
+def giving(description: str) -> dict[int | str, dict[str, Any]]:
+    """What it says of one with a binary answer."""
+    return {200: {"description": description, "content": {BINARY: {"schema": _SCHEMA}}}}
+
+
+class Binary(Response):
+    """A binary answer that is in memory."""
+
+    media_type = BINARY
+
+
+async def body_of(request: Request, longest: int) -> bytes:
+    """All of a body that may be ``longest`` bytes.
+
+    :raise RequestRefused: when it is longer.
+    """
+    parts: list[bytes] = []
+    size = 0
+    async for piece in request.stream():
+        size += len(piece)
+        if size > longest:
+            raise RequestRefused(f"more than {longest} bytes where no more make sense")
+        parts.append(piece)
+    return b"".join(parts)
+
+
+def declared_bytes(request: Request) -> int:
+    """:raise RequestRefused: when the request does not say how long it is."""
+    text = request.headers.get("content-length", "")
+    if not text.isascii() or not text.isdigit():
+        raise Refusal(411, RequestRefused("a request with records must say its length"))
+    return int(text)
+
+
+async def body_of_length(request: Request, size: int) -> bytearray:
+    """A body that has been declared to be ``size`` bytes, in memory once.
+
+    :raise ServerProtocolError: when it is not.
+    """
+    buffer = bytearray(size)
+    position = 0
+    try:
+        async for piece in request.stream():
+            end = position + len(piece)
+            if end > size:
+                break
+            buffer[position:end] = piece
+            position = end
+    except ClientDisconnect:
+        position = -1
+    if position != size:
+        raise ServerProtocolError("the body of the request was cut off")
+    return buffer

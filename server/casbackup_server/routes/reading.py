@@ -1,0 +1,93 @@
+"""Getting data: readings, which keep a snapshot's data, and records by their ids."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from typing import Annotated
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
+from starlette.responses import StreamingResponse
+
+from casbackup.errors import DataDamage, SnapshotNotFound
+from casbackup.fs import Buffer
+from casbackup.ids import BlobId, SnapshotId
+from casbackup.limits import MAX_QUESTION_IDS
+from casbackup.spec.wire import BINARY, encode_lost, unpack_ids
+from casbackup_server.context import Context, Ctx, ReadingPath, Readings
+from casbackup_server.problems import responses
+from casbackup_server.rights import Right
+from casbackup_server.routes.binary import Binary, body_of, giving, taking
+from casbackup_server.routes.repositories import visible
+
+router = APIRouter(tags=["data"])
+
+_PIECE_BYTES = 512 * 1024
+
+
+class Reading(BaseModel):
+    """``id`` is a random number of the client's, so that asking twice is harmless."""
+
+    id: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    snapshot: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+@router.post("/readings", status_code=204, responses=responses(404))
+async def read(context: Ctx, asked: Reading) -> None:
+    """Keep a snapshot's data while it is read, even if it is forgotten. To be said again every 10 seconds."""
+    context.access.require(Right.RESTORE)
+
+    def work() -> None:
+        if context.served.live.goes_on(asked.id):
+            return
+        snapshot = visible(context).get(SnapshotId(asked.snapshot))
+        if snapshot is None:
+            raise SnapshotNotFound(f"there is no snapshot {asked.snapshot[:16]}")
+        context.access.require(Right.RESTORE, snapshot.manifest.namespace, snapshot.manifest.vm)
+        context.served.live.read(asked.id, snapshot)
+
+    await context.server.threads.run(work)
+
+
+@router.post("/readings/{reading}/end", status_code=204, responses=responses(404))
+async def end_reading(context: Ctx, reading: ReadingPath) -> None:
+    """The data is not read any more. One that has ended already is no error."""
+    context.access.require(Right.RESTORE)
+    await context.server.threads.run(partial(context.served.live.end_reading, reading))
+
+
+@router.post(
+    "/fetch",
+    response_class=Binary,
+    responses={**responses(404), **giving("Records, or what says that one is lost, in any order.")},
+    openapi_extra=taking("Distinct ids.", MAX_QUESTION_IDS * 32),
+)
+async def fetch(context: Ctx, request: Request, readings: Readings = None) -> Response:
+    """The records of blobs. Who decodes them verifies them."""
+    context.access.require(Right.RESTORE)
+    ids = list(dict.fromkeys(unpack_ids(await body_of(request, MAX_QUESTION_IDS * 32))))
+    return StreamingResponse(_stream(context, ids), media_type=BINARY)
+
+
+async def _stream(context: Context, ids: list[BlobId]) -> AsyncIterator[bytes]:
+    """A thread gathers each piece; between pieces a slow client keeps none."""
+    pieces = _pieces(context, ids)
+    while piece := await context.server.threads.run(lambda: next(pieces, b"")):
+        yield piece
+
+
+def _pieces(context: Context, ids: list[BlobId]) -> Iterator[bytes]:
+    parts: list[Buffer] = []
+    size = 0
+    for blob_id, record in context.served.repository.store.fetch(ids):
+        if isinstance(record, DataDamage):
+            parts.append(encode_lost(blob_id, record))
+        else:
+            parts += (record.header, record.payload)
+        size += sum(map(len, parts[-2:]))
+        if size >= _PIECE_BYTES:
+            yield b"".join(parts)
+            parts, size = [], 0
+    if parts:
+        yield b"".join(parts)

@@ -1,0 +1,85 @@
+"""What a repository is, and what its snapshots cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+from pydantic import BaseModel, Field
+
+from casbackup.errors import DataDamage, SnapshotNotFound
+from casbackup.ids import SnapshotId
+from casbackup.limits import MAX_FORGET
+from casbackup.peer.usage import usage_of, usage_to_map
+from casbackup.repository.catalog import Snapshot
+from casbackup.spec.config import encode_config
+from casbackup_server.context import Context, Ctx
+from casbackup_server.problems import Refusal, responses
+from casbackup_server.rights import Right
+from casbackup_server.routes.binary import Binary, giving
+
+router = APIRouter(tags=["repositories"])
+
+
+class Groups(BaseModel):
+    """Groups of snapshots, by their ids."""
+
+    groups: list[list[str]] = Field(max_length=MAX_FORGET)
+
+
+class Usage(BaseModel):
+    """What a group of snapshots costs, in bytes."""
+
+    logical_bytes: int = Field(description="Of all disks and configs as they are restored.")
+    plain_bytes: int = Field(description="Distinct content, without zeros.")
+    stored_bytes: int = Field(description="What all that the group needs takes in the repository.")
+    unique_bytes: int = Field(description="What of that nothing else needs.")
+
+
+class UsageOfGroups(BaseModel):
+    """The groups in the order of the question; the rest is about the whole repository."""
+
+    groups: list[Usage]
+    total: Usage
+    dedup_factor: float
+    compression_factor: float
+    packs_bytes: int
+    index_bytes: int
+
+
+@router.get("/config", response_class=Binary, responses={**responses(404), **giving("config.json")})
+async def config(context: Ctx) -> Response:
+    """The repository's config.json."""
+    context.access.require(Right.READ)
+    return Binary(encode_config(context.served.repository.config))
+
+
+@router.post("/usage", responses=responses(404, 500))
+async def usage(context: Ctx, asked: Groups) -> UsageOfGroups:
+    """What groups of snapshots cost, and all of them together."""
+
+    def work() -> dict[str, Any]:
+        by_id = visible(context)
+        groups = [[_known(by_id, text) for text in group] for group in asked.groups]
+        try:
+            return usage_to_map(usage_of(context.served.repository, groups))
+        except DataDamage as damage:
+            raise Refusal(500, damage) from damage
+
+    context.access.require(Right.READ)
+    if context.access.grant.isolated:
+        context.access.require_all(Right.READ)
+    return UsageOfGroups(**await context.server.threads.run(work))
+
+
+def visible(context: Context) -> dict[SnapshotId, Snapshot]:
+    """The snapshots that this request may see."""
+    found, _ = context.served.repository.catalog.survey()
+    return {s.id: s for s in found if context.access.sees(s.manifest.namespace, s.manifest.vm)}
+
+
+def _known(by_id: dict[SnapshotId, Snapshot], text: str) -> Snapshot:
+    snapshot = by_id.get(SnapshotId(text))
+    if snapshot is None:
+        raise SnapshotNotFound(f"there is no snapshot {text[:16]}")
+    return snapshot

@@ -1,0 +1,238 @@
+"""Backup sessions: asking what is missing, sending records, committing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, NamedTuple
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
+
+from casbackup.errors import DataDamage, ManifestDamaged, ServerProtocolError
+from casbackup.ids import SessionId, parse_namespace, parse_vm
+from casbackup.limits import MAX_KNOWN_IDS, MAX_MANIFEST_BYTES, MAX_QUESTION_IDS, MAX_REQUEST_BYTES, MAX_UPLOAD_BYTES
+from casbackup.spec.manifest import Manifest, Sidecar, decode_manifest, decode_sidecar
+from casbackup.spec.wire import decode_snapshots, pack_flags, pack_ids, unpack_ids
+from casbackup_server.arrival import check_draft, check_manifest, check_texts, verified_records
+from casbackup_server.context import Attachment, Context, Ctx, SessionPath
+from casbackup_server.known import known_nodes
+from casbackup_server.live import LiveSession
+from casbackup_server.problems import Refusal, responses
+from casbackup_server.rights import Right
+from casbackup_server.routes.binary import Binary, body_of, body_of_length, declared_bytes, giving, taking
+from casbackup_server.snapshotframes import frame_of
+
+router = APIRouter(prefix="/sessions", tags=["sessions"])
+
+_HexId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+
+
+class OpenSession(BaseModel):
+    """Whose backup it is, and the number by which the client names itself from now on."""
+
+    namespace: str = Field(max_length=1100, examples=["default"])
+    vm: str = Field(max_length=140, examples=["vm/100"])
+    attachment: _HexId
+
+
+class Attach(BaseModel):
+    attachment: _HexId
+
+
+class SessionOpened(BaseModel):
+    id: str = Field(description="Names the session from now on, also to resume it.")
+
+
+@router.post("", responses=responses(404, 409, 507))
+async def open_session(context: Ctx, asked: OpenSession) -> SessionOpened:
+    """Open a session. Asked again with the same attachment, it is the same session."""
+    namespace, vm = parse_namespace(asked.namespace), parse_vm(asked.vm)
+    context.access.require(Right.BACKUP, namespace, vm)
+    work = partial(context.served.live.open, namespace, vm, asked.attachment)
+    return SessionOpened(id=await context.server.threads.run(work))
+
+
+@router.post("/{session}/resume", responses=responses(404, 409))
+async def resume(context: Ctx, session: SessionPath, asked: Attach) -> SessionOpened:
+    """Attach to a session that is parked, or to which this client is attached already."""
+    allowed = partial(context.access.require, Right.BACKUP)
+    work = partial(context.served.live.resume, SessionId(session), asked.attachment, allowed)
+    return SessionOpened(id=await context.server.threads.run(work))
+
+
+@router.get("/{session}/known", response_class=Binary, responses={**responses(404, 409, 410), **giving("Ids.")})
+async def known(context: Ctx, session: SessionPath, attachment: Attachment) -> Response:
+    """Ids of tree nodes of the VM's last snapshot that the session need not ask for."""
+
+    def work() -> bytes:
+        with context.served.live.using(SessionId(session), attachment) as live:
+            context.access.require(Right.BACKUP, live.namespace, live.vm)
+            snapshots, _ = context.served.repository.catalog.survey(live.namespace, live.vm)
+            disks = snapshots[-1].manifest.disks if snapshots else ()
+            return pack_ids(known_nodes(context.served.repository, live.session, disks, MAX_KNOWN_IDS))
+
+    return Binary(await context.server.threads.run(work))
+
+
+@router.post("/{session}/heartbeat", status_code=204, responses=responses(404, 409, 410))
+async def heartbeat(context: Ctx, session: SessionPath, attachment: Attachment) -> None:
+    """A sign of life, for a client that has nothing else to say."""
+
+    def work() -> None:
+        with context.served.live.using(SessionId(session), attachment) as live:
+            context.access.require(Right.BACKUP, live.namespace, live.vm)
+
+    await context.server.threads.run(work)
+
+
+@router.post(
+    "/{session}/missing",
+    response_class=Binary,
+    responses={**responses(404, 409, 410), **giving("Flags: which of them must be sent.")},
+    openapi_extra=taking("Ids.", MAX_QUESTION_IDS * 32),
+)
+async def missing(context: Ctx, session: SessionPath, attachment: Attachment, request: Request) -> Response:
+    """Which of these blobs must be sent? All others stay stored until the session ends."""
+    body = await body_of(request, MAX_QUESTION_IDS * 32)
+
+    def work() -> bytes:
+        ids = unpack_ids(body)
+        with context.served.live.using(SessionId(session), attachment) as live:
+            context.access.require(Right.BACKUP, live.namespace, live.vm)
+            absent = live.session.missing(ids)
+        return pack_flags([blob_id in absent for blob_id in ids])
+
+    return Binary(await context.server.threads.run(work))
+
+
+@router.post(
+    "/{session}/records",
+    response_class=Binary,
+    responses={**responses(404, 408, 409, 410, 411, 507), **giving("Flags: which of them were new.")},
+    openapi_extra=taking("Records, children before the nodes that name them.", MAX_UPLOAD_BYTES),
+)
+async def records(context: Ctx, session: SessionPath, attachment: Attachment, request: Request) -> Response:
+    """Store records. They are verified, and durable when this is answered. What is stored already counts for nothing.
+
+    If a tree node is refused, what stands before it is stored all the same.
+    """
+    size = declared_bytes(request)
+
+    def work() -> bytes:
+        with context.served.live.using(SessionId(session), attachment) as live:
+            context.access.require(Right.BACKUP, live.namespace, live.vm)
+            return pack_flags(_stored(live, body))
+
+    async with context.server.uploading.taken(size):
+        body = await body_of_length(request, size)
+        return Binary(await context.server.threads.upload(work))
+
+
+@router.post(
+    "/{session}/commit",
+    response_class=Binary,
+    responses={**responses(404, 409, 410, 507), **giving("The snapshot.")},
+    openapi_extra=taking("The manifest as in its file, with number 0 and no parent.", MAX_MANIFEST_BYTES),
+)
+async def commit(context: Ctx, session: SessionPath, attachment: Attachment, request: Request) -> Response:
+    """Make the snapshot visible; the session is over. Asked again, the answer is the same."""
+    body = await body_of(request, MAX_MANIFEST_BYTES)
+
+    def work() -> bytes:
+        draft = _draft(body)
+        context.access.require(Right.BACKUP, draft.namespace, draft.vm)
+        prepare = partial(_prepared, context, draft)
+        snapshot = context.served.live.commit(SessionId(session), attachment, prepare)
+        return frame_of(context.served.repository, snapshot)
+
+    return Binary(await context.server.threads.run(work))
+
+
+@router.post(
+    "/{session}/adopt",
+    response_class=Binary,
+    responses={**responses(404, 409, 410, 507), **giving("The snapshot.")},
+    openapi_extra=taking("A snapshot of another repository.", MAX_REQUEST_BYTES),
+)
+async def adopt(context: Ctx, session: SessionPath, attachment: Attachment, request: Request) -> Response:
+    """Make a copy of another repository's snapshot visible as it is. The session goes on."""
+    body = await body_of(request, MAX_REQUEST_BYTES)
+
+    def work() -> bytes:
+        copied = _copied(body)
+        for right in (Right.BACKUP, Right.PRUNE):  # its time, number and pin are the sender's
+            context.access.require(right, copied.manifest.namespace, copied.manifest.vm)
+        with context.served.live.using(SessionId(session), attachment) as live:
+            try:
+                adopted = live.session.adopt(copied.bytes, copied.sidecar)
+            except DataDamage as damage:
+                raise Refusal(422, damage) from damage
+        return frame_of(context.served.repository, adopted)
+
+    return Binary(await context.server.threads.run(work))
+
+
+@router.post("/{session}/park", status_code=204, responses=responses(404, 409, 410))
+async def park(context: Ctx, session: SessionPath, attachment: Attachment) -> None:
+    """Leave the session to be resumed."""
+    await context.server.threads.run(partial(_end, context, session, attachment, abort=False))
+
+
+@router.post("/{session}/abort", status_code=204, responses=responses(404, 409, 410))
+async def abort(context: Ctx, session: SessionPath, attachment: Attachment) -> None:
+    """Give the session up: what only it needs becomes garbage."""
+    await context.server.threads.run(partial(_end, context, session, attachment, abort=True))
+
+
+def _end(context: Context, session: str, attachment: str, *, abort: bool) -> None:
+    context.access.require(Right.BACKUP, *context.served.live.owner(SessionId(session)))
+    context.served.live.end(SessionId(session), attachment, abort=abort)
+
+
+def _stored(live: LiveSession, body: bytearray) -> list[bool]:
+    """Damage in what arrives is the sender's."""
+    try:
+        return live.store(verified_records(body))
+    except DataDamage as damage:
+        raise Refusal(422, damage) from damage
+
+
+def _draft(body: bytes) -> Manifest:
+    try:
+        return decode_manifest(body, "in the request")[0]
+    except ManifestDamaged as damage:
+        raise Refusal(422, damage) from damage
+
+
+class _Copied(NamedTuple):
+    bytes: bytes
+    manifest: Manifest
+    sidecar: Sidecar
+
+
+def _copied(body: bytes) -> _Copied:
+    """The one snapshot of a request, checked."""
+    try:
+        frames = list(decode_snapshots(body))
+        if len(frames) != 1 or isinstance(frames[0], ManifestDamaged):
+            raise ServerProtocolError("the request does not hold exactly one snapshot")
+        manifest, _ = decode_manifest(frames[0].manifest, "in the request")
+        sidecar = decode_sidecar(frames[0].sidecar, "in the request") if frames[0].sidecar else Sidecar()
+    except ManifestDamaged as damage:
+        raise Refusal(422, damage) from damage
+    check_manifest(manifest)
+    check_texts(sidecar.labels or (), sidecar.notes or "")
+    return _Copied(frames[0].manifest, manifest, sidecar)
+
+
+def _prepared(context: Context, draft: Manifest, live: LiveSession) -> Manifest:
+    """The draft, checked; time and host are the server's unless the client is trusted with them."""
+    context.access.require(Right.BACKUP, live.namespace, live.vm)
+    try:
+        check_draft(context.served.repository, draft)
+    except DataDamage as damage:
+        raise Refusal(422, damage) from damage
+    if context.access.stamps:
+        return replace(draft, time_ms=live.attached_ms, host=context.access.name)
+    return draft

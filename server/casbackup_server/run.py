@@ -1,0 +1,96 @@
+"""Running the server: sockets, TLS, signals, an end that loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+from typing import NamedTuple
+
+import structlog
+import uvicorn
+
+from casbackup.errors import Interrupted, UsageError
+from casbackup.limits import MAX_UPLOADING_BYTES
+from casbackup_server.app import create_app
+from casbackup_server.budget import ByteBudget
+from casbackup_server.gate import Gate, OpenGate
+from casbackup_server.protocol import PatientProtocol
+from casbackup_server.served import Server, opened
+from casbackup_server.settings import Settings
+from casbackup_server.threads import Threads
+
+_KEEP_ALIVE_S = 75
+_GRACE_S = 30
+"""How long requests may go on after SIGTERM."""
+_CONNECTIONS = 1024
+_BACKLOG = 512
+
+_log = structlog.get_logger("casbackup.server")
+
+
+class Listen(NamedTuple):
+    host: str
+    port: int
+
+    @property
+    def is_loopback(self) -> bool:
+        """Can only this machine reach it?"""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return False
+
+
+def parse_listen(text: str) -> Listen:
+    """:raise UsageError: when it is not ADDRESS:PORT."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise UsageError(f"{text!r} is not an address to listen on: it must look like 127.0.0.1:8007 or [::]:8007")
+    return Listen(host, int(port))
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT. Requests under way are finished then, and sessions parked.
+
+    :raise RepositoryError: when a repository cannot be opened. :raise UsageError: when the settings are not safe.
+    """
+    listen = parse_listen(settings.listen)
+    gate = _gate(settings, listen)
+    with opened({name: item.path for name, item in settings.repositories.items()}) as served:
+        server = Server(served, gate, Threads(), ByteBudget(MAX_UPLOADING_BYTES))
+        _log.info("serving", listen=settings.listen, repositories=sorted(served), tls=settings.tls is not None)
+        with contextlib.suppress(KeyboardInterrupt, Interrupted):  # uvicorn raises the signal once more when it is done
+            uvicorn.Server(_config(server, settings, listen)).run()
+    _log.info("stopped")
+
+
+def _gate(settings: Settings, listen: Listen) -> Gate:
+    if settings.insecure_no_auth:
+        if not listen.is_loopback:
+            raise UsageError(f"--insecure-no-auth is for loopback addresses; {listen.host} is none")
+        return OpenGate()
+    return OpenGate()
+
+
+def _config(server: Server, settings: Settings, listen: Listen) -> uvicorn.Config:
+    tls = settings.tls
+    return uvicorn.Config(
+        create_app(server),
+        host=listen.host.strip("[]"),
+        port=listen.port,
+        http=PatientProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_GRACE_S,
+        limit_concurrency=_CONNECTIONS,
+        backlog=_BACKLOG,
+        ssl_certfile=None if tls is None else tls.cert,
+        ssl_keyfile=None if tls is None else tls.key,
+    )

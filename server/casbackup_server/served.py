@@ -1,0 +1,50 @@
+"""The repositories of a server, open, and what routes need besides."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from casbackup.peer.local import LocalPeer
+from casbackup.repository.repository import Repository
+from casbackup_server.budget import ByteBudget
+from casbackup_server.gate import Gate
+from casbackup_server.live import LiveSessions
+from casbackup_server.threads import Threads
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A repository under its name."""
+
+    name: str
+    repository: Repository
+    peer: LocalPeer
+    live: LiveSessions
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """What all requests share."""
+
+    repositories: Mapping[str, Served]
+    gate: Gate
+    threads: Threads
+    uploading: ByteBudget
+
+
+@contextlib.contextmanager
+def opened(paths: Mapping[str, str]) -> Iterator[dict[str, Served]]:
+    """Open the repositories; at the end their sessions are parked.
+
+    :raise RepositoryError: when one cannot be opened.
+    """
+    with contextlib.ExitStack() as stack:
+        found: dict[str, Served] = {}
+        for name, path in paths.items():
+            repository = stack.enter_context(Repository.open(path))
+            live = LiveSessions(repository)
+            stack.callback(live.close)
+            found[name] = Served(name, repository, LocalPeer(repository), live)
+        yield found
