@@ -69,6 +69,11 @@ class Child:
         """Its standard output."""
         return cast(BinaryIO, self._process.stdout)
 
+    def close_input(self) -> None:
+        """There is no more for it. Harmless when it has gone already."""
+        with contextlib.suppress(BrokenPipeError):
+            self.input.close()
+
     def ended(self) -> str | None:
         """Wait for its end; None if it ended well, else how it failed and the last that it said."""
         status = self._process.wait()

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from casbackup.formats.port import ArchiveHead
 from casbackup.ids import DiskName, parse_config_name, parse_disk
 
 Name = TypeVar("Name", bound=str)
@@ -29,6 +30,13 @@ def disk_names(names: Iterable[str]) -> list[DiskName]:
 def config_names(names: Iterable[str]) -> list[str]:
     """A valid and distinct name for each config."""
     return _distinct((_config(name) for name in names), parse_config_name)
+
+
+def file_names(head: ArchiveHead) -> tuple[list[str], list[str]]:
+    """Names of files for all disks, with the suffix ``.raw``, and configs; all distinct."""
+    disks = [f"{name}.raw" for name in disk_names(disk.name for disk in head.disks)]
+    both = _distinct([*disks, *(_config(config.name) for config in head.configs)], parse_config_name)
+    return disks, both[len(disks) :]
 
 
 def vm_component(name: str) -> str:

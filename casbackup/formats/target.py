@@ -145,8 +145,8 @@ def _compressing(plain: DescriptorTarget, compression: str) -> Iterator[ByteTarg
         yield plain
     elif compression == "lzop":
         with Child.piped(["lzop", "-c"], "lzop", stdout=plain.descriptor) as child:
-            yield _PipeTarget(child.input, "lzop")
-            child.input.close()
+            yield PipeTarget(child.input, "lzop")
+            child.close_input()
             if (failure := child.ended()) is not None:
                 raise ToolFailed(failure)
     else:
@@ -233,7 +233,7 @@ def _gzip_member(block: bytes) -> bytes:
     return gzip.compress(block, _GZIP_LEVEL, mtime=0)
 
 
-class _PipeTarget(_Streaming):
+class PipeTarget(_Streaming):
     """The standard input of a program."""
 
     def __init__(self, pipe: BinaryIO, name: str) -> None:

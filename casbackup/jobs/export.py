@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from casbackup.errors import DataDamage, NodeInvalid
+from casbackup.formats import proxmox
 from casbackup.formats.port import (
     ArchiveConfig,
+    ArchiveDisk,
     ArchiveHead,
     ArchiveOutput,
     ArchiveWriter,
@@ -31,7 +33,7 @@ from casbackup.peer.api import Peer
 from casbackup.peer.disk import fetch_nodes, verified
 from casbackup.progress import NoProgress, Progress
 from casbackup.repository.catalog import Snapshot
-from casbackup.spec.manifest import DiskRecord
+from casbackup.spec.manifest import VMSTATE, ArchiveOrigin, DiskRecord, Manifest
 from casbackup.spec.node import Extent
 from casbackup.tree.reader import DiskTree, Segment
 from casbackup.units import KiB
@@ -65,21 +67,66 @@ class ExportReport:
     left_out: tuple[str, ...]
 
 
-def chosen_disks(snapshot: Snapshot, names: Sequence[str]) -> tuple[DiskRecord, ...]:
-    """The disks of those names, in the snapshot's order; all of them if there are no names.
+def plan_export(peer: Peer, snapshot: Snapshot, format_name: str, disks: Sequence[str] = ()) -> ExportPlan:
+    """Decide what an archive of a snapshot says. ``disks``: only those; none means all.
 
-    :raise SnapshotNotFound: when the snapshot has no such disk.
+    What was imported keeps the names, numbers, uuid and time that its archive had. Anything else goes by its own
+    names, and as Proxmox VE wants it if the format is VMA (``formats.proxmox``). The uuid is told from the
+    snapshot's id.
+
+    :raise SnapshotNotFound: when the snapshot has no such disk. :raise DataDamage: when a config cannot be read.
     """
+    manifest, origin = snapshot.manifest, snapshot.manifest.archive
+    chosen = _chosen_disks(snapshot, disks)
+    configs = [ArchiveConfig(config.name, read_config(peer, config)) for config in manifest.configs]
+    if origin is not None and (format_name != proxmox.FORMAT_NAME or origin.format == proxmox.FORMAT_NAME):
+        return ExportPlan(snapshot, _restored_head(manifest, origin, configs, chosen), chosen)
+    numbers = {disk.name: number for number, disk in enumerate(manifest.disks, 1)}
+    head = ArchiveHead(
+        tuple(ArchiveDisk(d.name, d.size_bytes, numbers[d.name], d.role == VMSTATE) for d in chosen),
+        tuple(configs),
+        _uuid(snapshot),
+        manifest.time_ms // 1000,
+    )
+    if format_name == proxmox.FORMAT_NAME:
+        head = proxmox.archive_head(head, manifest.vm)
+    return ExportPlan(snapshot, head, chosen)
+
+
+def _chosen_disks(snapshot: Snapshot, names: Sequence[str]) -> tuple[DiskRecord, ...]:
     wanted = {find_disk(snapshot, name).name for name in names}
     return tuple(disk for disk in snapshot.manifest.disks if not names or disk.name in wanted)
 
 
-def read_configs(peer: Peer, snapshot: Snapshot) -> list[ArchiveConfig]:
-    """The snapshot's configs under their own names, in its order.
+def _restored_head(
+    manifest: Manifest, origin: ArchiveOrigin, configs: Sequence[ArchiveConfig], chosen: Sequence[DiskRecord]
+) -> ArchiveHead:
+    """The head of the archive that was imported; names that could not be used safely are replaced by ours."""
+    disk_names = _usable([disk.name for disk in origin.disks], [disk.name for disk in manifest.disks])
+    config_names = _usable(origin.configs, [config.name for config in manifest.configs])
+    disks = zip(manifest.disks, disk_names, origin.disks, strict=True)
+    return ArchiveHead(
+        tuple(ArchiveDisk(n, d.size_bytes, o.device_id, d.role == VMSTATE) for d, n, o in disks if d in chosen),
+        tuple(ArchiveConfig(name, config.content) for config, name in zip(configs, config_names, strict=True)),
+        origin.uuid,
+        origin.time_s,
+    )
 
-    :raise DataDamage: when one cannot be read.
-    """
-    return [ArchiveConfig(config.name, read_config(peer, config)) for config in snapshot.manifest.configs]
+
+def _usable(theirs: Sequence[str], ours: Sequence[str]) -> list[str]:
+    """Their names, but ours where theirs are no names of files, or stand for two things."""
+    return [
+        name if name not in ("", ".", "..") and not set("/\0\n") & set(name) and theirs.count(name) == 1 else own
+        for name, own in zip(theirs, ours, strict=True)
+    ]
+
+
+def _uuid(snapshot: Snapshot) -> bytes:
+    """A uuid of version 8 (made from a hash)."""
+    digest = bytearray.fromhex(snapshot.id[:32])
+    digest[6] = digest[6] & 0x0F | 0x80
+    digest[8] = digest[8] & 0x3F | 0x80
+    return bytes(digest)
 
 
 def export(

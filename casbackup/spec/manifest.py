@@ -228,7 +228,7 @@ def _archive_map(archive: ArchiveOrigin) -> dict[str, Any]:
 
 def _from_map(body: Mapping[str, Any]) -> Manifest:
     parent, stats = body["parent"], _typed(body["stats"], dict)
-    return Manifest(
+    manifest = Manifest(
         namespace=parse_namespace(_typed(body["namespace"], str)),
         vm=parse_vm(_typed(body["vm"], str)),
         time_ms=_typed(body["time_ms"], int),
@@ -243,6 +243,10 @@ def _from_map(body: Mapping[str, Any]) -> Manifest:
         stats=BackupStats(**{name: _typed(stats.get(name, 0), int) for name in BackupStats.__slots__}),
         archive=_archive(_typed(body["archive"], dict)) if "archive" in body else None,
     )
+    origin = manifest.archive
+    if origin and (len(origin.disks) != len(manifest.disks) or len(origin.configs) != len(manifest.configs)):
+        raise ValueError("the archive had other disks or configs")
+    return manifest
 
 
 def _archive(body: Mapping[str, Any]) -> ArchiveOrigin:

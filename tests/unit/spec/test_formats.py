@@ -308,9 +308,12 @@ def test_what_an_archive_said_is_kept() -> None:
     assert manifest.decode_manifest(data, "m") == (imported, snapshot)
 
 
-@pytest.mark.parametrize("change", [{"disks": [["a"]]}, {"uuid": "x"}, {"missing": [[1, 2]]}, {"configs": [1]}])
+@pytest.mark.parametrize(
+    "change",
+    [{"disks": [["a"]]}, {"uuid": "x"}, {"missing": [[1, 2]]}, {"configs": [1]}, {"configs": []}, {"disks": []}],
+)
 def test_a_wrong_archive_part_is_damage(change: dict[str, Any]) -> None:
-    origin = manifest.ArchiveOrigin("vma")
+    origin = manifest.ArchiveOrigin("vma", disks=(manifest.ArchivedDisk("a"),), configs=("b",))
     body = msgpack.unpackb(manifest.encode_manifest(replace(MANIFEST, archive=origin))[0][16:-32])
     with pytest.raises(ManifestDamaged):
         manifest.decode_manifest(sealed_manifest({**body, "archive": {**body["archive"], **change}}), "m")

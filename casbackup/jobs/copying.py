@@ -1,0 +1,443 @@
+"""Copying trees from one repository to a session of another, moving only what is missing there.
+
+Each wanted blob becomes a ``Parcel``, which goes through two questions: is it missing at the destination? If so, what
+is it? A tree node that came makes parcels of its children. It is sent when all of them are settled, so children come
+before the nodes that name them; what is present needs no look below it, for then all of that is present too.
+
+Links have long round trips, so questions are about many blobs at once, and several are under way. Parcels wait in a
+queue for each question and level; whoever has nothing to do takes a batch. So batches are as large as the waiting made
+them, and grow where the link is slow. Half of the workers *scout*: they walk the trees, deepest level first, which
+bounds what is in memory. The others *move* chunks. Scouts pause while enough chunks are waiting to be moved, and help
+moving them.
+
+Blobs are copied as they are stored. Each is verified before it is sent, so damage is not spread: it is the loss of
+the goals that need the blob, and the others go on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from casbackup.codec.records import decode_record, parse_record
+from casbackup.errors import BlobDamaged, BlobMissing, DataDamage
+from casbackup.ids import ZERO_ID, BlobId
+from casbackup.jobs.ratelimit import NO_LIMIT, RateLimit
+from casbackup.limits import MAX_LEVEL
+from casbackup.progress import NoProgress, Progress
+from casbackup.spec.node import Leaf
+from casbackup.spec.record import BlobKind, Record
+from casbackup.store.blobstore import Fetched
+from casbackup.store.writer import StoredBytes
+from casbackup.tree.reader import checked_node, span_of
+from casbackup.units import MiB
+from casbackup.workers import run_workers
+
+WORKERS = 16
+"""Half of them move chunks: 8 requests of 4 MiB under way fill 1 Gbit/s with round trips of 100 ms twice."""
+
+GOALS_AT_ONCE = 32
+"""A server is told with each request for records which snapshots are being read: so many fit."""
+
+CHUNK = -1
+"""Level of what has nothing below it: chunks, and configs."""
+
+_ASKED = 16_384
+_LEAVES = 64
+_INNER_NODES = 32
+_CHUNKS = 128
+_CHUNKS_BYTES = 8 * MiB
+"""Content of the chunks of one request, about twice what is stored."""
+_ENOUGH_WAITING = 8192
+"""Chunks waiting to be moved, some 300 MB: enough for the next seconds."""
+_NAMED_LOSSES = 16
+
+
+class Wanted(NamedTuple):
+    """A blob that shall be at the destination. ``size_bytes``: of the disk, or of the config."""
+
+    id: BlobId
+    level: int
+    size_bytes: int
+
+
+class Goal(Protocol):
+    """Several blobs with all below them. Called from any worker."""
+
+    wanted: Sequence[Wanted]
+
+    def begin(self) -> None:
+        """It is about to be copied."""
+
+    def end(self, tally: Tally, losses: Sequence[DataDamage]) -> None:
+        """All has been handed over; with ``losses``, all but what is lost, and what is above that."""
+
+
+class Source(Protocol):
+    """Where records come from."""
+
+    def fetch(self, ids: Sequence[BlobId]) -> Iterator[Fetched]:
+        """As ``Peer.fetch``."""
+
+
+class Destination(Protocol):
+    """Where they go: the part of ``PeerSession`` that this needs."""
+
+    def missing(self, ids: Sequence[BlobId]) -> set[BlobId]: ...
+
+    def send_soon(self, records: Sequence[Record], then: Callable[[StoredBytes], None]) -> None: ...
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was sent. ``stored_bytes``: with headers, as in packs."""
+
+    chunks: int = 0
+    nodes: int = 0
+    stored_bytes: int = 0
+
+    @property
+    def blobs(self) -> int:
+        return self.chunks + self.nodes
+
+
+@dataclass(eq=False, slots=True)
+class _Target:
+    """A goal on its way: ``pending`` of its blobs are not settled."""
+
+    goal: Goal
+    pending: int = 0
+    losses: list[DataDamage] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+
+
+@dataclass(eq=False, slots=True)
+class _Parcel:
+    """A blob that is wanted and not settled.
+
+    ``size_bytes``: content of a chunk. ``span_bytes``: what of disks it stands for, for the progress. ``owner`` wanted
+    it first. ``record``, ``pending`` and ``losses`` are about a node that was fetched and whose children are not.
+    """
+
+    id: BlobId
+    level: int
+    owner: _Target
+    size_bytes: int = 0
+    span_bytes: int = 0
+    above: list[_Parcel | _Target] = field(default_factory=list)
+    record: Record | None = None
+    pending: int = 0
+    losses: list[DataDamage] = field(default_factory=list)
+
+
+_Child = tuple[BlobId, int, int]
+"""Id, content if it is a chunk, bytes of disk that it stands for."""
+
+
+class Copier:
+    """Copies goals. Use once."""
+
+    def __init__(
+        self,
+        source: Source,
+        destination: Destination,
+        *,
+        limit: RateLimit = NO_LIMIT,
+        progress: Progress | None = None,
+        only_count: bool = False,
+    ) -> None:
+        """``only_count``: chunks are not fetched but counted with their plain bytes. The destination, to which tree
+        nodes are sent all the same, is expected to keep nothing.
+        """
+        self._source = source
+        self._destination = destination
+        self._limit = limit
+        self._progress = progress or NoProgress()
+        self._only_count = only_count
+        self._changed = threading.Condition()
+        self._parcels: dict[BlobId, _Parcel] = {}
+        self._unasked: dict[int, deque[_Parcel]] = {level: deque() for level in range(CHUNK, MAX_LEVEL + 1)}
+        self._unfetched: dict[int, deque[_Parcel]] = {level: deque() for level in range(CHUNK, MAX_LEVEL + 1)}
+        self._unbegun: deque[Goal] = deque()
+        self._complete: deque[_Target] = deque()
+        self._begun = 0
+        self._busy = 0
+
+    def run(self, goals: Iterable[Goal]) -> None:
+        """Copy all goals, begun in their order; returns when all have ended.
+
+        :raise CasbackupError: when the source or the destination fails, or a goal's own methods do.
+        """
+        self._unbegun.extend(goals)
+        numbers = itertools.count()
+
+        def work(stop: threading.Event) -> None:
+            moves_first = next(numbers) % 2 == 1
+            while (action := self._next(moves_first=moves_first, stop=stop)) is not None:
+                try:
+                    action()
+                finally:
+                    with self._changed:
+                        self._busy -= 1
+                        self._changed.notify_all()
+
+        run_workers(work, WORKERS)
+
+    # --- what to do next
+
+    def _next(self, *, moves_first: bool, stop: threading.Event) -> Callable[[], None] | None:
+        """Something to do, waiting for it if need be; None when there will be nothing more."""
+        with self._changed:
+            while not stop.is_set():
+                action = self._chosen(moves_first=moves_first)
+                if action is not None:
+                    self._busy += 1
+                    return action
+                if not self._busy:
+                    return None
+                self._changed.wait(0.2)
+        return None
+
+    def _chosen(self, *, moves_first: bool) -> Callable[[], None] | None:
+        if moves_first or len(self._unfetched[CHUNK]) >= _ENOUGH_WAITING:
+            return self._moving() or self._scouting()
+        return self._scouting() or self._moving()
+
+    def _moving(self) -> Callable[[], None] | None:
+        waiting = self._unfetched[CHUNK]
+        if not waiting:
+            return None
+        batch: list[_Parcel] = []
+        size = 0
+        while waiting and len(batch) < _CHUNKS and size < _CHUNKS_BYTES:
+            batch.append(waiting.popleft())
+            size += batch[-1].size_bytes
+        return lambda: self._move(batch)
+
+    def _scouting(self) -> Callable[[], None] | None:
+        if self._complete:
+            target = self._complete.popleft()
+            return lambda: self._end(target)
+        if len(self._unfetched[CHUNK]) >= _ENOUGH_WAITING:
+            return None
+        for level in range(CHUNK, MAX_LEVEL + 1):
+            if level != CHUNK and self._unfetched[level]:
+                batch = _taken(self._unfetched[level], _LEAVES if level == 0 else _INNER_NODES)
+                return lambda: self._open_nodes(batch)
+            if self._unasked[level]:
+                asked = _taken(self._unasked[level], _ASKED)
+                return lambda: self._ask(asked)
+        if self._unbegun and self._begun < GOALS_AT_ONCE:
+            self._begun += 1
+            goal = self._unbegun.popleft()
+            return lambda: self._begin(goal)
+        return None
+
+    # --- doing it
+
+    def _begin(self, goal: Goal) -> None:
+        goal.begin()
+        target = _Target(goal)
+        with self._changed:
+            for wanted in goal.wanted:
+                is_disk = wanted.level != CHUNK
+                size, span = (0, wanted.size_bytes) if is_disk else (wanted.size_bytes, 0)
+                if wanted.id == ZERO_ID:
+                    self._progress.advance(done=span)
+                else:
+                    self._want(target, wanted.level, target, (wanted.id, size, span))
+            if not target.pending:
+                self._complete.append(target)
+
+    def _end(self, target: _Target) -> None:
+        target.goal.end(target.tally, target.losses)
+        with self._changed:
+            self._begun -= 1
+
+    def _ask(self, batch: Sequence[_Parcel]) -> None:
+        missing = self._destination.missing([parcel.id for parcel in batch])
+        absent = [parcel for parcel in batch if parcel.id in missing]
+        self._settle([parcel for parcel in batch if parcel.id not in missing])
+        if batch[0].level == CHUNK and self._only_count:
+            for parcel in absent:
+                self._count(parcel, parcel.size_bytes)
+            self._settle(absent)
+            return
+        with self._changed:
+            self._unfetched[batch[0].level].extend(absent)
+
+    def _open_nodes(self, batch: Sequence[_Parcel]) -> None:
+        """Fetch nodes, and want what is below them."""
+        lost: list[_Parcel] = []
+        complete: list[_Parcel] = []
+        for parcel, record in self._fetched(batch):
+            try:
+                below = _below(parcel, record)
+            except DataDamage as damage:
+                parcel.losses.append(_named(parcel, damage))
+                lost.append(parcel)
+                continue
+            zero_bytes = parcel.span_bytes - sum(span for _, _, span in below) if parcel.level else 0
+            self._progress.advance(done=zero_bytes)
+            if self._open(parcel, record, below):
+                complete.append(parcel)
+        self._settle(lost)
+        self._hand_over(complete)
+
+    def _open(self, parcel: _Parcel, record: Record | DataDamage, below: Sequence[_Child]) -> bool:
+        """Wait for the children; True when there are none that are not settled."""
+        assert not isinstance(record, DataDamage)
+        with self._changed:
+            parcel.record = record._replace(payload=bytes(record.payload))  # not the memory of all that was fetched
+            if parcel.level:
+                parcel.span_bytes = 0
+            for child in below:
+                self._want(parcel, parcel.level - 1, parcel.owner, child)
+            return not parcel.pending
+
+    def _move(self, batch: Sequence[_Parcel]) -> None:
+        """Fetch chunks, verify them, and hand them over."""
+        records: list[Record] = []
+        arrived: list[_Parcel] = []
+        lost: list[_Parcel] = []
+        for parcel, record in self._fetched(batch):
+            try:
+                records.append(_verified(record))
+            except DataDamage as damage:
+                parcel.losses.append(_named(parcel, damage))
+                lost.append(parcel)
+                continue
+            self._count(parcel, records[-1].total_bytes)
+            arrived.append(parcel)
+        self._limit.pass_on(sum(record.total_bytes for record in records))
+        self._send(records)
+        self._settle(arrived + lost)
+
+    def _fetched(self, batch: Sequence[_Parcel]) -> Iterator[tuple[_Parcel, Record | DataDamage]]:
+        by_id = {parcel.id: parcel for parcel in batch}
+        for blob_id, record in self._source.fetch(list(by_id)):
+            parcel = by_id.pop(blob_id, None)
+            if parcel is not None:
+                yield parcel, record
+        for parcel in by_id.values():
+            yield parcel, BlobMissing(f"the source does not answer about blob {parcel.id.hex()[:16]}")
+
+    def _hand_over(self, nodes: Sequence[_Parcel]) -> None:
+        """Send nodes whose children are settled, those above them that are complete by that, and so on."""
+        while nodes:
+            records = [node.record for node in nodes if node.record is not None and not node.losses]
+            for node in nodes:
+                if node.record is not None and not node.losses:
+                    self._count(node, node.record.total_bytes)
+            self._limit.pass_on(sum(record.total_bytes for record in records))
+            self._send(records)
+            nodes = self._settled(nodes)
+
+    def _settle(self, parcels: Sequence[_Parcel]) -> None:
+        self._hand_over(self._settled(parcels))
+
+    def _send(self, records: Sequence[Record]) -> None:
+        if records:
+            self._destination.send_soon(records, _nothing_more)
+
+    # --- bookkeeping, all under the lock
+
+    def _want(self, above: _Parcel | _Target, level: int, owner: _Target, child: _Child) -> None:
+        blob_id, size, span = child
+        parcel = self._parcels.get(blob_id)
+        if parcel is None:
+            parcel = self._parcels[blob_id] = _Parcel(blob_id, level, owner, size)
+            self._unasked[level].append(parcel)
+        parcel.size_bytes = max(parcel.size_bytes, size)
+        parcel.span_bytes += span
+        parcel.above.append(above)
+        above.pending += 1
+
+    def _settled(self, parcels: Sequence[_Parcel]) -> list[_Parcel]:
+        """These are settled: present, handed over, or lost. Gives the nodes that have nothing pending now."""
+        ready: list[_Parcel] = []
+        done_bytes = 0
+        with self._changed:
+            for parcel in parcels:
+                del self._parcels[parcel.id]
+                done_bytes += parcel.span_bytes
+                for above in parcel.above:
+                    above.pending -= 1
+                    above.losses += parcel.losses[: _NAMED_LOSSES - len(above.losses)]
+                    if above.pending:
+                        continue
+                    if isinstance(above, _Target):
+                        self._complete.append(above)
+                    else:
+                        ready.append(above)
+            self._changed.notify_all()
+        self._progress.advance(done=done_bytes)
+        return ready
+
+    def _count(self, parcel: _Parcel, stored_bytes: int) -> None:
+        with self._changed:
+            tally = parcel.owner.tally
+            tally.stored_bytes += stored_bytes
+            if parcel.level == CHUNK:
+                tally.chunks += 1
+            else:
+                tally.nodes += 1
+        self._progress.advance(new=stored_bytes)
+
+
+def _below(parcel: _Parcel, record: Record | DataDamage) -> list[_Child]:
+    """The distinct children of a node that was fetched.
+
+    :raise DataDamage: when it is not what it should be.
+    """
+    node = checked_node(decode_record(_sound(record)), parcel.level)
+    found: dict[BlobId, tuple[int, int]] = {}
+    if isinstance(node, Leaf):
+        for extent in node.extents:
+            if not extent.is_zero:
+                reach = found.get(extent.id, (0, 0))[0]
+                found[extent.id] = max(reach, extent.skip + extent.length), 0
+    else:
+        span = span_of(parcel.level - 1)
+        rest = parcel.span_bytes
+        for child in node.children:
+            if child != ZERO_ID:
+                found[child] = 0, found.get(child, (0, 0))[1] + max(0, min(span, rest))
+            rest -= span
+    return [(child, size, span) for child, (size, span) in found.items()]
+
+
+def _sound(record: Record | DataDamage) -> Record:
+    """:raise DataDamage: in its place, or when its checksum is wrong: it could not be stored as it is."""
+    if isinstance(record, DataDamage):
+        raise record
+    parse_record(b"".join((record.header, record.payload)), at="the source")
+    return record
+
+
+def _verified(record: Record | DataDamage) -> Record:
+    """:raise DataDamage: also when its content does not have its id."""
+    sound = _sound(record)
+    decode_record(sound)
+    return sound
+
+
+def _named(parcel: _Parcel, damage: DataDamage) -> DataDamage:
+    what = "tree node" if parcel.level != CHUNK else "blob"
+    if parcel.id.hex()[:16] in str(damage):
+        return damage
+    return type(damage)(f"{what} {parcel.id.hex()[:16]}: {damage}")
+
+
+def _taken(queue: deque[_Parcel], most: int) -> list[_Parcel]:
+    return [queue.popleft() for _ in range(min(most, len(queue)))]
+
+
+def _nothing_more(_stored: StoredBytes) -> None: ...
+
+
+__all__ = ["CHUNK", "BlobDamaged", "BlobKind", "Copier", "Goal", "Tally", "Wanted"]
