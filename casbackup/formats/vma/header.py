@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from casbackup.errors import ArchiveDamaged, ArchiveError, ArchiveUnsupported
+from casbackup.formats.findings import Finding, Severity
 from casbackup.formats.port import ArchiveConfig, ArchiveDisk, ArchiveHead, ByteSource
 from casbackup.spec import vma
 from casbackup.units import MiB
@@ -24,13 +25,18 @@ class Device(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """``fatal``: an archive with it cannot be read, only salvaged. ``offset`` is within the header."""
+    """``offset`` is within the header. ``fatal``: an archive with it cannot be read, only salvaged."""
 
     code: str
     text: str
     offset: int
+    severity: Severity = Severity.ERROR
     fatal: bool = True
     unsupported: bool = False
+
+    @property
+    def finding(self) -> Finding:
+        return Finding(self.severity, self.code, self.text, self.offset)
 
     def error(self, name: str) -> ArchiveError:
         """What a reader raises about archive ``name``."""
@@ -177,7 +183,7 @@ def examine_header(data: bytes) -> tuple[Header, list[Problem]]:
         text = f"the blobs lie outside of the header: {blob_size} bytes from {blob_offset}"
         problems.append(Problem("blob-buffer", text, 48))
     if any(data[vma.HEADER.size - 1984 : vma.HEADER.size]):
-        problems.append(Problem("reserved-bytes", "reserved bytes of the header are set", 60, fatal=False))
+        problems.append(_oddity("reserved-bytes", "reserved bytes of the header are set", 60))
     blobs = dict(_blobs(data[blob_offset : blob_offset + blob_size]))
     devices = tuple(_devices(data, blobs, problems))
     configs = tuple(_configs(data, blobs, problems))
@@ -205,16 +211,17 @@ def _devices(data: bytes, blobs: dict[int, bytes], problems: list[Problem]) -> I
             continue
         name = _name(blobs.get(pointer))
         if name is None or size == 0:
-            problems.append(Problem("device-slot", f"device {device_id} has no name or no size", place, fatal=False))
+            problems.append(_oddity("device-slot", f"device {device_id} has no name or no size", place))
             continue
         if size > vma.MAX_DEVICE_BYTES:
             text = f"device {device_id} has {size} bytes, more than the format can hold"
             problems.append(Problem("device-size", text, place))
         if device_id > vma.MAX_DEVICES:
             text = f"device {device_id} is in a slot that readers ignore"
-            problems.append(Problem("device-slot", text, place, fatal=False))
+            problems.append(_oddity("device-slot", text, place))
         if name in names:
-            problems.append(Problem("device-name", f"two devices have the name {_decoded(name)!r}", place, fatal=False))
+            text = f"two devices have the name {_decoded(name)!r}; the reference program does not extract that"
+            problems.append(Problem("device-name", text, place, fatal=False))
         names.add(name)
         yield Device(device_id, name, size)
 
@@ -228,13 +235,18 @@ def _configs(data: bytes, blobs: dict[int, bytes], problems: list[Problem]) -> I
             continue
         if name_pointer == 0 or content_pointer == 0:
             text = f"config {number} has a name or a content, not both, and is ignored"
-            problems.append(Problem("config-slot", text, place, fatal=False))
+            problems.append(_oddity("config-slot", text, place))
             continue
         name, content = _name(blobs.get(name_pointer)), blobs.get(content_pointer)
         if name is None or content is None:
             problems.append(Problem("config-pointer", f"the pointers of config {number} are invalid", place))
         else:
             yield name, content
+
+
+def _oddity(code: str, text: str, offset: int) -> Problem:
+    """What readers overlook."""
+    return Problem(code, text, offset, Severity.WARNING, fatal=False)
 
 
 def _name(blob: bytes | None) -> bytes | None:

@@ -93,9 +93,7 @@ class VmaSalvage:
             right = self._mended_opening(begin)
             if right is not None:
                 return right
-        self._findings += [
-            Finding(Severity.ERROR if p.fatal else Severity.WARNING, p.code, p.text, p.offset) for p in begin.problems
-        ]
+        self._findings += [problem.finding for problem in begin.problems]
         return begin
 
     def _mended_opening(self, begin: Opening) -> Opening | None:

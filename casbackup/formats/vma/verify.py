@@ -66,9 +66,7 @@ class _Verification:
         yield from self._missing()
 
     def _opening(self, begin: Opening) -> Iterator[Finding]:
-        for problem in begin.problems:
-            severity = Severity.ERROR if problem.fatal else Severity.WARNING
-            yield Finding(severity, problem.code, problem.text, problem.offset)
+        yield from (problem.finding for problem in begin.problems)
         if begin.header is None:
             return
         self._knows_devices = True

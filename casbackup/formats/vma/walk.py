@@ -1,8 +1,9 @@
 """From extent to extent through an archive that may be damaged: what is sound is found again behind what is not.
 
 An extent is expected where the one before ends. Where none is, the next one is searched for byte by byte: by the
-magic, the uuid, and the checksum of its header, which proves it. The search begins within the extent before, since
-bytes of it may have been lost. So no damage costs more than the extents that it touches.
+magic or the uuid, and then by the checksum of its header, which proves it, if need be after putting right what was
+flipped in it. The search begins within the extent before, since bytes of it may have been lost. So no damage costs
+more than the extents that it touches.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from casbackup.formats.vma.header import Header, Problem, examine_header
 from casbackup.formats.vma.mend import mended_extent
 from casbackup.formats.vma.window import Window
 from casbackup.spec import vma
+from casbackup.units import MiB
 
 
 class Found(NamedTuple):
@@ -47,6 +49,10 @@ class Lost(NamedTuple):
 
 SECOND_ARCHIVE = "second-archive"
 
+_UUID_OFFSET = 8
+"""Of the uuid in an extent's header."""
+
+_SEARCH_BYTES = MiB
 _MAX_MAGIC_BITS = 4
 
 
@@ -180,12 +186,29 @@ def _lost(window: Window, offset: int, text: str, uuids: set[bytes]) -> Lost:
 
 
 def _next_extent(window: Window, offset: int, stop: int | None, uuids: set[bytes]) -> int | None:
-    """Where a sound extent's header begins next, in [offset, stop)."""
-    while (place := window.find(vma.EXTENT_MAGIC, offset, stop)) is not None:
-        header = window.read(place, vma.EXTENT_BYTES)
-        if len(header) == vma.EXTENT_BYTES:
-            extent = parse_extent(header)
-            if not isinstance(extent, str) and (not uuids or extent.uuid in uuids):
-                return place
-        offset = place + 1
+    """Where an extent's header that is sound, or can be put right, begins next, in [offset, stop)."""
+    while stop is None or offset < stop:
+        end = offset + _SEARCH_BYTES if stop is None else min(offset + _SEARCH_BYTES, stop)
+        for place in _candidates(window, offset, end, uuids):
+            header = window.read(place, vma.EXTENT_BYTES)
+            if len(header) == vma.EXTENT_BYTES:
+                found = _extent_at(place, header, uuids)
+                if not isinstance(found, str) and (not uuids or found.extent.uuid in uuids):
+                    return place
+        if window.end is not None and end >= window.end:
+            return None
+        offset = end
     return None
+
+
+def _candidates(window: Window, start: int, end: int, uuids: set[bytes]) -> list[int]:
+    """Places in [start, end) that have an extent's magic, or a uuid where an extent has it. All is in the window."""
+    view = window.read(start, end - start + vma.EXTENT_BYTES)
+    data, found = bytes(view), set[int]()
+    for needle, place in ((vma.EXTENT_MAGIC, 0), *((uuid, _UUID_OFFSET) for uuid in uuids)):
+        at = data.find(needle, place)
+        while at >= 0:
+            if at - place < end - start:
+                found.add(start + at - place)
+            at = data.find(needle, at + 1)
+    return sorted(found)

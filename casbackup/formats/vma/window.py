@@ -45,22 +45,6 @@ class Window:
         first = offset - self._start
         return memoryview(self._buffer)[first : min(first + length, self._length)]
 
-    def find(self, needle: bytes, offset: int, stop: int | None = None) -> int | None:
-        """Where ``needle`` is next, beginning in [offset, stop)."""
-        while stop is None or offset < stop:
-            length = _STEP_BYTES if stop is None else min(_STEP_BYTES, stop - offset + len(needle) - 1)
-            view = self.read(offset, length)
-            got = len(view)
-            view.release()
-            first = offset - self._start
-            place = self._buffer.find(needle, first, first + got)
-            if place >= 0:
-                return self._start + place
-            if got < length:
-                return None
-            offset += got - len(needle) + 1
-        return None
-
     def _move(self, offset: int) -> None:
         """Begin a new window at ``offset``, or where the archive ends if that is before it."""
         if self._source.seekable:
