@@ -277,7 +277,7 @@ def unreadable_once() -> BlockDevice:
     return Faults(MemoryDevice(b"a" * SIZE), Rule(frozenset({Operation.READ}), times=1))
 
 
-@pytest.mark.parametrize("operation", CHANGES)
+@pytest.mark.parametrize("operation", sorted(CHANGES, key=lambda operation: operation.value))
 def test_old_data_that_cannot_be_read_breaks_the_backup(operation: Operation) -> None:
     filter = CopyBeforeWrite(unreadable_once())
     point = filter.begin(CallbackSaver(Saved(SIZE)))
@@ -288,7 +288,7 @@ def test_old_data_that_cannot_be_read_breaks_the_backup(operation: Operation) ->
         Background(point).step()
 
 
-@pytest.mark.parametrize("operation", CHANGES)
+@pytest.mark.parametrize("operation", sorted(CHANGES, key=lambda operation: operation.value))
 def test_old_data_that_cannot_be_read_refuses_the_write(operation: Operation) -> None:
     filter, saved = CopyBeforeWrite(unreadable_once()), Saved(SIZE)
     point = filter.begin(CallbackSaver(saved), Policy(REFUSE))
@@ -313,9 +313,13 @@ def test_a_saver_that_goes_wrong_does_not_reach_the_guest() -> None:
 def test_the_background_is_told_of_a_broken_spool(hung: tuple[Spool, Hung]) -> None:
     filter = CopyBeforeWrite(MemoryDevice(b"a" * 8 * MiB))
     background = Background(filter.begin(SpoolSaver(hung[0], "disk")))
-    with threads(lambda: wait_until(lambda: hung[0].waiting_bytes >= MiB), lambda: hung[0].fail(BackupBroken("full"))):
-        with pytest.raises(BackupBroken, match="full"):
-            finish(background)
+
+    def break_it() -> None:
+        wait_until(lambda: hung[0].waiting_bytes >= 1 * MiB)
+        hung[0].fail(BackupBroken("full"))
+
+    with threads(break_it), pytest.raises(BackupBroken, match="full"):
+        finish(background)
 
 
 def test_the_background_cannot_read() -> None:

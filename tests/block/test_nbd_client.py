@@ -15,7 +15,7 @@ import pytest
 from casbackup.block.device import read_bytes
 from casbackup.block.nbd import protocol as nbd
 from casbackup.block.nbd.client import NbdClient
-from casbackup.block.nbd.uri import NbdAddress, is_nbd_uri, parse_uri
+from casbackup.block.nbd.uri import ClientTls, NbdAddress, is_nbd_uri, parse_uri
 from casbackup.errors import NbdConnectionFailed, NbdError, NbdRequestFailed, UsageError
 from casbackup.units import GiB, KiB, MiB
 
@@ -29,6 +29,12 @@ from casbackup.units import GiB, KiB, MiB
         ("NBD://host/", NbdAddress("", None, "host", 10809)),
         ("nbd+unix:///?socket=/run/x.sock", NbdAddress("", "/run/x.sock")),
         ("nbd+unix:///vm%2F1?socket=a%20b", NbdAddress("vm/1", "a b")),
+        ("nbds://host/disk", NbdAddress("disk", None, "host", 10809, ClientTls())),
+        ("nbds://host/?tls-certificates=/a%20b", NbdAddress("", None, "host", 10809, ClientTls("/a b"))),
+        (
+            "nbds+unix:///?socket=/x&tls-hostname=me&tls-verify-peer=false",
+            NbdAddress("", "/x", tls=ClientTls(None, "me", False)),
+        ),
     ],
 )
 def test_uris(uri: str, address: NbdAddress) -> None:
@@ -40,9 +46,10 @@ def test_uris(uri: str, address: NbdAddress) -> None:
 @pytest.mark.parametrize(
     ("uri", "text"),
     [
-        ("nbds://host/disk", "TLS is not supported yet"),
-        ("nbds+unix:///disk?socket=/x", "TLS is not supported yet"),
-        ("nbd://host/disk?tls-type=x509", "TLS is not supported yet"),
+        ("nbds://host/disk?tls-type=x509", "unknown parameter 'tls-type'"),
+        ("nbds://host/disk?tls-verify-peer=maybe", "must be true or false"),
+        ("nbd://host/disk?tls-certificates=/x", "unknown parameter 'tls-certificates'"),
+        ("nbds+vsock://1/disk", "only nbd:// and nbd"),
         ("nbd+vsock://1/disk", "only nbd:// and nbd"),
         ("http://host/disk", "only nbd:// and nbd"),
         ("nbd://host:port/disk", "not a valid NBD URI"),
