@@ -1,0 +1,1 @@
+"""Running QEMUs: control through QMP, and their disks as sources of live backups."""

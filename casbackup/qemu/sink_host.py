@@ -1,0 +1,142 @@
+"""The backup's side of its sink: starts it, watches it, and takes its place should it die."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from casbackup.block.spool import Consumer
+from casbackup.errors import BackupBroken, CasbackupError, SinkLost
+from casbackup.qemu.sink_link import Messages, new_link, receive_all
+from casbackup.qemu.sink_process import SinkSettings
+from casbackup.qemu.sink_server import SharedListener, StandIn
+
+_MODULE = "casbackup.qemu.sink_process"
+_LEAST_SILENCE_S = 1.0
+"""A sink that is silent for less is only short of processor time."""
+_START_S = 15.0
+_END_S = 5.0
+_POLL_S = 0.2
+
+
+class SinkHost:
+    """Enter it to start the sink. ``failure`` says why the backup is broken, if it is."""
+
+    def __init__(self, settings: SinkSettings, *, uid: int, gid: int) -> None:
+        """``uid``, ``gid``: QEMU's. Errors as ``SharedListener``."""
+        self._settings = settings
+        self._silence_s = max(_LEAST_SILENCE_S, settings.max_guest_stall_s)
+        self._listener = SharedListener(uid=uid, gid=gid)
+        self._link, self._theirs = new_link()
+        self._messages = Messages(self._link.control)
+        self._watcher = threading.Thread(target=self._watch, name="sink-watch", daemon=True)
+        self._report: dict[str, Any] = {}
+        self._started = threading.Event()
+        self._ending = False
+        self._lost: SinkLost | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def path(self) -> str:
+        """Of the socket that QEMU is to connect to."""
+        return self._listener.path
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def failure(self) -> CasbackupError | None:
+        reason = self._report.get("failure")
+        return self._lost or (BackupBroken(reason) if reason else None)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Data in the sink's memory that the backup has not taken yet."""
+        return int(self._report.get("waiting_bytes", 0))
+
+    def receive_into(self, consumer: Consumer) -> bool:
+        """Hand all data to ``consumer``, until there is no more. False when it is not all. Errors of the consumer."""
+        return receive_all(self._link.data, consumer)
+
+    def frozen(self, agent_path: str | None) -> None:
+        """The guest is frozen through this agent; None: it is thawed. An orphaned sink thaws it."""
+        self._messages.send({"frozen": agent_path})
+
+    def drop(self, reason: str) -> None:
+        """Give the backup up: what comes is acknowledged and dropped. ``receive_into`` returns."""
+        self._messages.send({"drop": reason})
+
+    def finish(self) -> None:
+        """QEMU has written everything: ``receive_into`` returns True when it has handed over the rest."""
+        self._messages.send({"finish": True})
+
+    def __enter__(self) -> Self:
+        self._process = self._launch()
+        self._theirs.close()
+        self._messages.send(self._settings.message())
+        self._watcher.start()
+        if not self._started.wait(_START_S) or self._lost is not None:
+            self.__exit__(None, None, None)
+            raise self._lost or SinkLost(f"the sink did not start within {_START_S:g} s")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the sink. QEMU must have let go of it."""
+        self._ending = True
+        self._messages.send({"end": True})
+        if self._process is not None:
+            try:
+                self._process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._watcher.join()
+        self._link.close()
+        self._listener.close()
+
+    def _launch(self) -> subprocess.Popen[bytes]:
+        inherited: Sequence[int] = [
+            self._theirs.data.fileno(),
+            self._theirs.control.fileno(),
+            self._listener.socket.fileno(),
+        ]
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", _MODULE, *map(str, inherited)],
+            stdin=subprocess.DEVNULL,
+            pass_fds=inherited,
+            start_new_session=True,
+        )
+
+    def _watch(self) -> None:
+        """In a thread: take the sink's reports. The first that does not come ends the backup, not the guest."""
+        heard_s = time.monotonic()
+        while not self._ending:
+            messages = self._messages.receive(_POLL_S)
+            if messages is None:
+                break
+            if messages:
+                heard_s = time.monotonic()
+                self._report = messages[-1]
+                self._started.set()
+            elif self._started.is_set() and time.monotonic() - heard_s > self._silence_s:
+                break
+        if not self._ending:
+            self._replace()
+
+    def _replace(self) -> None:
+        """The sink is dead or hangs: serve QEMU in its place. It connects anew by itself."""
+        assert self._process is not None
+        self._process.kill()
+        status = self._process.wait()
+        self._lost = SinkLost(f"the sink of the backup ended unexpectedly (status {status}); the guest goes on")
+        StandIn(self._settings.exports, self._lost).serve(self._listener.socket)
+        self._started.set()

@@ -1,0 +1,164 @@
+"""The sink: a process of its own between QEMU and the backup, small so that little can go wrong in it.
+
+It acknowledges QEMU's writes once they are in its memory and passes them on. Whatever happens to the backup, it goes
+on acknowledging. When the backup dies without a word, it ends the jobs in QEMU in its place, thaws the guest, and
+goes when QEMU has let go of it.
+
+Run as ``python -P -m casbackup.qemu.sink_process DATA CONTROL LISTENER``, with the numbers of inherited sockets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from casbackup.block.spool import Spool
+from casbackup.errors import BackupBroken, CasbackupError
+from casbackup.qemu.agent import GuestAgent
+from casbackup.qemu.cleanup import remove_backup
+from casbackup.qemu.qmp import QmpClient
+from casbackup.qemu.sink_link import DataSender, Link, Messages
+from casbackup.qemu.sink_server import SinkExport, SinkServer
+
+REPORT_S = 0.05
+"""How often the sink tells how it is."""
+_RETRY_S = 0.5
+_PATIENCE_S = 600.0
+"""How long an orphaned sink waits for a monitor that somebody else has, while QEMU is connected to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SinkSettings:
+    """What the sink is told at its start: how to serve, and how to clean up without the backup."""
+
+    exports: list[SinkExport]
+    memory_bytes: int
+    max_guest_stall_s: float
+    qmp_path: str
+    backup_name: str
+    bitmap_token: str | None
+
+    def message(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, message: dict[str, Any]) -> SinkSettings:
+        return cls(**{**message, "exports": [SinkExport(*item) for item in message["exports"]]})
+
+
+class Sink:
+    """The process, from the settings to the end."""
+
+    def __init__(self, link: Link, listener: socket.socket) -> None:
+        self._messages = Messages(link.control)
+        self._link = link
+        self._listener = listener
+        self._frozen_agent: str | None = None
+        self._ending = False
+
+    def run(self) -> None:
+        settings = self._settings()
+        if settings is None:
+            return
+        self._sender = DataSender(self._link.data)
+        self._spool = Spool(self._sender, limit_bytes=settings.memory_bytes)
+        self._server = SinkServer(self._spool, settings.exports, max_guest_stall_s=settings.max_guest_stall_s)
+        self._server.serve(self._listener)
+        while not self._ending:
+            messages = self._messages.receive(REPORT_S)
+            if messages is None or not self._report():
+                self._orphaned(settings)
+                return
+            for message in messages:
+                self._obey(message)
+
+    def _settings(self) -> SinkSettings | None:
+        while (messages := self._messages.receive(60.0)) is not None:
+            if messages:
+                return SinkSettings.of(messages[0])
+        return None
+
+    def _report(self) -> bool:
+        failure = self._spool.failure
+        return self._messages.send(
+            {
+                "waiting_bytes": self._spool.waiting_bytes,
+                "failure": None if failure is None else failure.message,
+                "flushed": self._server.flushes,
+            }
+        )
+
+    def _obey(self, message: dict[str, Any]) -> None:
+        if "frozen" in message:
+            self._frozen_agent = message["frozen"]
+        elif "drop" in message:
+            self._spool.fail(BackupBroken(message["drop"]))
+            self._hang_up()
+        elif "finish" in message:
+            threading.Thread(target=self._finish, name="sink-finish", daemon=True).start()
+        elif "end" in message:
+            self._ending = True
+
+    def _finish(self) -> None:
+        """In a thread, for reports go on: QEMU has written everything; pass on what is still here, and say so."""
+        with contextlib.suppress(CasbackupError):  # the next report says it
+            self._spool.finish()
+            self._sender.end()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        with contextlib.suppress(OSError):
+            self._link.data.shutdown(socket.SHUT_RDWR if self._spool.failure else socket.SHUT_WR)
+
+    def _orphaned(self, settings: SinkSettings) -> None:
+        self._spool.fail(BackupBroken("the backup's process has died"))
+        self._thaw()
+        deadline = time.monotonic() + _PATIENCE_S
+        while time.monotonic() < deadline:
+            try:
+                with QmpClient.connect(settings.qmp_path, timeout_s=_RETRY_S) as qmp:
+                    remove_backup(qmp, settings.backup_name, bitmap_token=settings.bitmap_token)
+                return
+            except CasbackupError:
+                if not self._server.connections:
+                    return
+                time.sleep(_RETRY_S)
+
+    def _thaw(self) -> None:
+        if self._frozen_agent is not None:
+            with contextlib.suppress(CasbackupError), GuestAgent(self._frozen_agent) as agent:
+                agent.thaw()
+
+
+def _ignore_signals() -> None:
+    """Those that end the backup: it then tells the sink when it may go."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _survive_others() -> None:
+    """When memory runs out, the backup itself is to be ended first. Without the privilege nothing changes."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("-500")
+
+
+def main() -> None:
+    _ignore_signals()
+    _survive_others()
+    data, control, listener = (socket.socket(fileno=int(argument)) for argument in sys.argv[1:4])
+    try:
+        Sink(Link(data, control), listener).run()
+    finally:
+        sys.stderr.flush()
+        os._exit(0)  # threads that wait for QEMU or for a backup that is stuck do not matter any more
+
+
+if __name__ == "__main__":
+    main()

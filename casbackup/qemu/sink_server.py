@@ -1,0 +1,128 @@
+"""The NBD server that QEMU writes a backup to: an export for each disk, on a socket that two processes can serve.
+
+The listening socket is made by the backup and inherited by its sink. While either lives, a connection to it is never
+refused: should the sink die, QEMU connects anew at once (``reconnect-delay``), and finds the backup in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from casbackup.block.nbd.exports import Export
+from casbackup.block.nbd.server import NbdServer
+from casbackup.block.nbd.uri import MAX_SOCKET_PATH_BYTES, NbdAddress
+from casbackup.block.sink import SinkDevice
+from casbackup.block.spool import Spool
+from casbackup.errors import CasbackupError, TargetUnsuitable
+from casbackup.units import MiB
+
+_BACKLOG = 64
+_SOCKET = "sink.sock"
+
+
+class SinkExport(NamedTuple):
+    """A disk to take. The export is named by the disk's number."""
+
+    number: int
+    size_bytes: int
+
+    @property
+    def name(self) -> str:
+        return str(self.number)
+
+
+class SharedListener:
+    """A unix socket in a folder of its own, which its owner and QEMU's user can enter."""
+
+    def __init__(self, *, uid: int, gid: int) -> None:
+        """``uid``, ``gid``: QEMU's.
+
+        :raise TargetUnsuitable: when there is no place for a socket, or QEMU cannot be let in.
+        """
+        self._folder = _private_folder()
+        self.path = os.path.join(self._folder, _SOCKET)
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            os.fchmod(self.socket.fileno(), 0o600)
+            self.socket.bind(self.path)
+            self.socket.listen(_BACKLOG)
+            if uid != os.geteuid():
+                for path in (self.path, self._folder):
+                    os.chown(path, uid, gid)
+        except OSError as error:
+            self.close()
+            raise TargetUnsuitable(
+                f"{self.path}: no socket that QEMU (user {uid}) can use: {error.strerror}"
+            ) from error
+
+    def close(self) -> None:
+        """Whoever still holds the inherited socket keeps its connections, but gets no new ones."""
+        self.socket.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class SinkServer(NbdServer):
+    """Serves a socket that listens already, and is shared, so that closing the server leaves it as it is."""
+
+    def __init__(self, spool: Spool, exports: Sequence[SinkExport], *, max_guest_stall_s: float) -> None:
+        devices = {
+            item.number: SinkDevice(spool, item.name, item.size_bytes, max_guest_stall_s=max_guest_stall_s)
+            for item in exports
+        }
+        super().__init__(
+            [Export.of(item.name, devices[item.number], receiver=devices[item.number]) for item in exports],
+            stall_timeout_s=math.inf,
+        )
+        self._devices = devices
+
+    @property
+    def flushes(self) -> int:
+        """Disks whose export QEMU has flushed."""
+        return sum(1 for device in self._devices.values() if device.flushes)
+
+    def serve(self, listener: socket.socket) -> None:
+        """Begin to accept connections. ``listener`` stays the caller's."""
+        threading.Thread(target=self._accept, args=(listener,), name="sink-accept", daemon=True).start()
+
+
+class Nobody:
+    """A consumer for a spool that drops everything."""
+
+    def write(self, disk: str, offset: int, data: memoryview) -> None: ...
+
+    def zero(self, disk: str, offset: int, length: int) -> None: ...
+
+
+class StandIn:
+    """Serves in the place of a sink that is gone: acknowledges and drops, so that the guest goes on."""
+
+    def __init__(self, exports: Sequence[SinkExport], reason: CasbackupError) -> None:
+        self._spool = Spool(Nobody(), limit_bytes=2 * MiB)
+        self._spool.fail(reason)
+        self._server = SinkServer(self._spool, exports, max_guest_stall_s=0)
+
+    def serve(self, listener: socket.socket) -> None:
+        self._server.serve(listener)
+
+
+def address(listener: SharedListener) -> NbdAddress:
+    return NbdAddress(socket_path=listener.path)
+
+
+def _private_folder() -> str:
+    """A new folder of mode 0700, near enough to the root for the path of a socket in it."""
+    for parent in (tempfile.gettempdir(), "/tmp"):
+        with contextlib.suppress(OSError):
+            folder = tempfile.mkdtemp(prefix="casbackup-", dir=parent)
+            if len(os.fsencode(os.path.join(folder, _SOCKET))) <= MAX_SOCKET_PATH_BYTES:
+                return folder
+            os.rmdir(folder)
+    raise TargetUnsuitable("there is no place for the sink's socket: its path would be too long, or /tmp is read-only")
