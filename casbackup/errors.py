@@ -20,7 +20,7 @@
      |   +- TargetExists, TargetTooSmall, TargetUnsuitable, TargetUnwritable, TargetFull, TargetClosed
      +- ArchiveError          something is wrong with an archive of another format
      |   +- ArchiveUnknown, ArchiveUnsupported, ArchiveLimit, ArchiveDamaged, ArchiveIncomplete,
-     |   +- ArchivePluginBroken
+     |   +- ArchivePluginBroken, ArchiveUnsound, ArchiveUnreadable
      +- NbdError
      |   +- NbdConnectionFailed, NbdProtocolError, NbdRequestFailed
      +- ServerError           a chunk server cannot be reached, or does not do what it is asked
@@ -528,6 +528,21 @@ class ArchivePluginBroken(ArchiveError):
 
     code = "archive-plugin-broken"
     advice = "Update or remove the package named in the message; the other formats work without it."
+
+
+class ArchiveUnsound(ArchiveError):
+    """`archive verify` found something wrong; it is listed."""
+
+    code = "archive-unsound"
+    advice = "`casbackup archive salvage` rescues what is intact."
+
+
+class ArchiveUnreadable(ArchiveError):
+    """`archive verify` could not read the file as an archive at all, so it says nothing about its content."""
+
+    code = "archive-unreadable"
+    exit_status = ExitStatus.USAGE
+    advice = "Check that it is the right file; `--format` says what it is if its beginning does not."
 
 
 class NbdError(CasbackupError):

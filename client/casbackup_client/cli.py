@@ -45,6 +45,11 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "pin": Entry("annotate:pin", "Protect a snapshot from being forgotten."),
         "label": Entry("annotate:label", "Change a snapshot's labels and notes."),
     },
+    "Exchange": {
+        "export": Entry("export:export", "Export a snapshot as VMA, tar, qcow2, VMDK or raw."),
+        "import": Entry("import_:import_", "Import an archive as a snapshot."),
+        "archive": Entry("archive:archive", "List, verify, extract, rescue, convert archives."),
+    },
     "Administer": {
         "serve": Entry("serve:serve", "Serve repositories over HTTP."),
         "migrate": Entry("migrate:migrate", "Bring a repository to the current format."),

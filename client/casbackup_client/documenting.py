@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from casbackup.clock import format_time
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
+    from casbackup.formats.findings import Finding
     from casbackup.jobs.diff import SnapshotDifference
     from casbackup.repository.accounting import Usage
     from casbackup.repository.catalog import Snapshot
@@ -16,11 +17,16 @@ if TYPE_CHECKING:
     from casbackup.repository.gc import GcPlan, GcReport
     from casbackup.repository.repository import Repository
     from casbackup.repository.sessions import SessionRow
+    from casbackup.spec.manifest import ArchiveOrigin, DiskRecord, MissingRange
     from casbackup.tree.diff import Range
     from casbackup_client.documents import (
         AffectedDocument,
+        ArchiveFindingDocument,
+        ArchiveOriginDocument,
         DifferenceDocument,
+        DiskDocument,
         GcDocument,
+        MissingDocument,
         RangeDocument,
         RepositoryDocument,
         SessionDocument,
@@ -42,7 +48,7 @@ def repository_document(repository: Repository) -> RepositoryDocument:
 
 def snapshot_document(snapshot: Snapshot) -> SnapshotDocument:
     manifest, stats = snapshot.manifest, snapshot.manifest.stats
-    return {
+    document: SnapshotDocument = {
         "reference": snapshot.reference,
         "id": snapshot.id,
         "namespace": manifest.namespace,
@@ -51,10 +57,7 @@ def snapshot_document(snapshot: Snapshot) -> SnapshotDocument:
         "sequence": manifest.sequence,
         "parent": manifest.parent,
         "size_bytes": manifest.size_bytes,
-        "disks": [
-            {"name": d.name, "size_bytes": d.size_bytes, "source": d.source, "root": d.root.hex()}
-            for d in manifest.disks
-        ],
+        "disks": [_disk_document(disk) for disk in manifest.disks],
         "configs": [{"name": c.name, "size_bytes": c.size_bytes, "id": c.id.hex()} for c in manifest.configs],
         "labels": list(snapshot.labels),
         "notes": snapshot.notes,
@@ -71,6 +74,54 @@ def snapshot_document(snapshot: Snapshot) -> SnapshotDocument:
             "duration_ms": stats.duration_ms,
         },
     }
+    if manifest.archive is not None:
+        document["archive"] = _origin_document(manifest.archive, [disk.name for disk in manifest.disks])
+    return document
+
+
+def _disk_document(disk: DiskRecord) -> DiskDocument:
+    document: DiskDocument = {
+        "name": disk.name,
+        "size_bytes": disk.size_bytes,
+        "source": disk.source,
+        "root": disk.root.hex(),
+    }
+    if disk.role:
+        document["role"] = disk.role
+    return document
+
+
+def _origin_document(origin: ArchiveOrigin, names: Sequence[str]) -> ArchiveOriginDocument:
+    return {
+        "format": origin.format,
+        "uuid": None if origin.uuid is None else origin.uuid.hex(),
+        "time_s": origin.time_s,
+        "disks": [{"name": disk.name, "device_id": disk.device_id} for disk in origin.disks],
+        "configs": [{"name": name} for name in origin.configs],
+        "missing": missing_documents(origin.missing, names),
+    }
+
+
+def missing_documents(missing: Iterable[MissingRange], names: Sequence[str]) -> list[MissingDocument]:
+    """``names``: of the disks, in the order in which the ranges number them."""
+    return [{"disk": names[m.disk], "offset_bytes": m.offset, "length_bytes": m.length} for m in missing]
+
+
+def finding_documents(findings: Iterable[Finding]) -> list[ArchiveFindingDocument]:
+    return [
+        {
+            "severity": item.severity.value,
+            "code": item.code,
+            "text": item.text,
+            "archive_offset": item.archive_offset,
+            "disk": item.disk,
+            "device_id": item.device_id,
+            "cluster": item.cluster,
+            "disk_offset_bytes": item.disk_offset,
+            "length_bytes": item.length,
+        }
+        for item in findings
+    ]
 
 
 def range_documents(ranges: Iterable[Range]) -> list[RangeDocument]:

@@ -19,6 +19,8 @@ class DiskDocument(TypedDict):
     """Where it was read from, for people."""
     root: str
     """The id of its tree: disks with the same root and size have the same content."""
+    role: NotRequired[str]
+    """``vmstate``: it is the VM's RAM and device state. Left out for disks."""
 
 
 class ConfigDocument(TypedDict):
@@ -43,6 +45,40 @@ class BackupStatsDocument(TypedDict):
     """What the new ones take in the repository, compressed, with the tree."""
     new_chunks: int
     duration_ms: int
+
+
+class RangeDocument(TypedDict):
+    """A range of a disk."""
+
+    offset_bytes: int
+    length_bytes: int
+
+
+class MissingDocument(RangeDocument):
+    """A range of a disk that an archive did not have; it reads as zeros."""
+
+    disk: str
+
+
+class ArchivedDocument(TypedDict):
+    """What an archive called a disk or a config; ``name`` may hold anything."""
+
+    name: str
+    device_id: NotRequired[int | None]
+    """Of disks."""
+
+
+class ArchiveOriginDocument(TypedDict):
+    """What the archive that a snapshot was imported from said of itself."""
+
+    format: str
+    uuid: str | None
+    time_s: int | None
+    """Unix time."""
+    disks: list[ArchivedDocument]
+    """In the order of the snapshot's disks."""
+    configs: list[ArchivedDocument]
+    missing: list[MissingDocument]
 
 
 class SnapshotDocument(TypedDict):
@@ -72,6 +108,8 @@ class SnapshotDocument(TypedDict):
     program: str
     """What made it."""
     stats: BackupStatsDocument
+    archive: NotRequired[ArchiveOriginDocument]
+    """If it was imported."""
 
 
 class SnapshotResultDocument(TypedDict):
@@ -84,13 +122,6 @@ class SnapshotsDocument(TypedDict):
     """Printed by ``snapshots``."""
 
     snapshots: list[SnapshotDocument]
-
-
-class RangeDocument(TypedDict):
-    """A range of a disk."""
-
-    offset_bytes: int
-    length_bytes: int
 
 
 class RepositoryDocument(TypedDict):
@@ -151,6 +182,187 @@ class DumpDocument(TypedDict):
     target: str
     offset_bytes: int
     length_bytes: int
+
+
+class ExportedDiskDocument(TypedDict):
+    """A disk in an archive; ``name`` is the archive's."""
+
+    disk: str
+    name: str
+    size_bytes: int
+
+
+class ExportDocument(TypedDict):
+    """Printed by ``export``."""
+
+    snapshot: str
+    id: str
+    format: str
+    compression: str
+    target: str
+    """With ``--exec``, the command."""
+    disks: list[ExportedDiskDocument]
+    configs: list[str]
+    left_out: list[str]
+    """Configs that the format cannot hold."""
+    size_bytes: int
+    """Of the disks."""
+    zero_bytes: int
+    duration_ms: int
+
+
+class ImportDocument(TypedDict):
+    """Printed by ``import``."""
+
+    snapshot: SnapshotDocument
+    format: str
+    missing_bytes: int
+    missing: list[MissingDocument]
+    """With ``--allow-incomplete``: what the archive did not have."""
+    damage: str | None
+    """With ``--allow-incomplete``: why the archive was not read to its end."""
+
+
+class ArchiveDiskDocument(TypedDict):
+    """A disk of an archive, by the archive's name, and by the one that it gets here."""
+
+    name: str
+    disk: str
+    size_bytes: int
+    device_id: int | None
+    vmstate: bool
+
+
+class ArchiveConfigDocument(TypedDict):
+    """A config of an archive."""
+
+    name: str
+    size_bytes: int
+
+
+class ArchiveListDocument(TypedDict):
+    """Printed by ``archive list``."""
+
+    archive: str
+    format: str
+    uuid: str | None
+    time: str | None
+    time_s: int | None
+    disks: list[ArchiveDiskDocument]
+    configs: list[ArchiveConfigDocument]
+
+
+class ArchiveConfigContentDocument(TypedDict):
+    """Printed by ``archive config --json``."""
+
+    archive: str
+    name: str
+    content: str
+    """Bytes that are not UTF-8 are shown as backslash escapes."""
+
+
+class ArchiveFindingDocument(TypedDict):
+    """Something that is wrong or odd in an archive; what does not apply is null."""
+
+    severity: str
+    """``error``, or ``warning`` for what is readable but not as it should be."""
+    code: str
+    text: str
+    archive_offset: int | None
+    """Byte of the decompressed archive."""
+    disk: str | None
+    device_id: int | None
+    cluster: int | None
+    disk_offset_bytes: int | None
+    length_bytes: int | None
+
+
+class ArchiveVerifyDocument(TypedDict):
+    """Printed by ``archive verify``."""
+
+    archive: str
+    format: str
+    quick: bool
+    sound: bool
+    """Without errors; with ``--strict``, without warnings too."""
+    errors: int
+    warnings: int
+    findings: list[ArchiveFindingDocument]
+    duration_ms: int
+
+
+class ExtractedDocument(TypedDict):
+    """A disk that was written to a file; ``name`` is the archive's."""
+
+    name: str
+    target: str
+    size_bytes: int
+
+
+class ArchiveExtractDocument(TypedDict):
+    """Printed by ``archive extract``."""
+
+    archive: str
+    format: str
+    disks: list[ExtractedDocument]
+    configs: list[str]
+    """Paths of the files."""
+    missing_bytes: int
+    missing: list[MissingDocument]
+    """With ``--allow-incomplete``; ``disk`` is the archive's name."""
+    damage: str | None
+    duration_ms: int
+
+
+class ArchiveSalvageDocument(ArchiveExtractDocument):
+    """Printed by ``archive salvage``, and written to ``report.json`` in the folder."""
+
+    findings: list[ArchiveFindingDocument]
+
+
+class ArchiveConvertDocument(TypedDict):
+    """Printed by ``archive convert``."""
+
+    source: str
+    source_format: str
+    target: str
+    format: str
+    compression: str
+    size_bytes: int
+    """Of the disks."""
+    left_out: list[str]
+    """Configs that the format cannot hold."""
+    duration_ms: int
+
+
+class FormatDocument(TypedDict):
+    """A format of archives."""
+
+    name: str
+    summary: str
+    suffixes: list[str]
+    reads: bool
+    reads_pipes: bool
+    writes: bool
+    writes_pipes: bool
+    """With the default options."""
+    max_disks: int | None
+    """null: it cannot be written."""
+    configs: bool
+    vmstate: bool
+    verifies: bool
+    """Has checks of its own; the others are verified by reading them."""
+    salvages: bool
+    options: dict[str, str]
+    """Of ``-o NAME=VALUE``, with what they mean."""
+
+
+class FormatsDocument(TypedDict):
+    """Printed by ``archive formats``."""
+
+    formats: list[FormatDocument]
+    broken: list[str]
+    """Plugins that cannot be loaded, and why."""
 
 
 class DiskDifferenceDocument(TypedDict):

@@ -80,7 +80,7 @@ def backup(
 
     def request(inputs: list[DiskInput]) -> BackupRequest:
         return job.BackupRequest(
-            app.namespace, name, inputs, files, checked_labels, notes, _host(), _program(), time_ms, session
+            app.namespace, name, inputs, files, checked_labels, notes, host(), program(), time_ms, session
         )
 
     with app.peer() as peer, sources.opened(wanted, image_format) as inputs, app.progress() as progress:
@@ -88,11 +88,11 @@ def backup(
     _show(app, snapshot)
 
 
-def _host() -> str:
+def host() -> str:
     return os.uname().nodename
 
 
-def _program() -> str:
+def program() -> str:
     from casbackup import __version__
 
     return f"casbackup {__version__}"
@@ -104,7 +104,7 @@ def _show(app: App, snapshot: Snapshot) -> None:
 
     app.output.result(
         {"snapshot": snapshot_document(snapshot)},
-        lambda: _details(snapshot) if is_terminal(1) or app.verbose else _summary(snapshot),
+        lambda: _details(snapshot) if is_terminal(1) or app.verbose else summary(snapshot),
         essential=False,
     )
 
@@ -118,7 +118,7 @@ def _rate(snapshot: Snapshot) -> str:
     return f"{format_duration(seconds)}{rate}"
 
 
-def _summary(snapshot: Snapshot) -> View:
+def summary(snapshot: Snapshot) -> View:
     """One line, for a log."""
     from casbackup.units import format_size as size
 

@@ -1,0 +1,518 @@
+"""``casbackup archive``: archives of other formats, without any repository."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from casbackup.errors import (
+    ArchiveError,
+    ArchiveIncomplete,
+    ArchiveUnreadable,
+    ArchiveUnsound,
+    ArchiveUnsupported,
+    SourceError,
+    UsageError,
+)
+from casbackup_client.app import App
+from casbackup_client.archives import PIPE, CountedSource, opened_input
+from casbackup_client.commands.export import format_options
+from casbackup_client.options import command, global_options, pass_app, write_options
+from casbackup_client.views import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from casbackup.formats.findings import Finding
+    from casbackup.formats.port import Archive, ArchiveFormat, ArchiveHead
+    from casbackup.jobs.extract import ExtractReport
+    from casbackup_client.documents import (
+        ArchiveExtractDocument,
+        ArchiveListDocument,
+        ArchiveSalvageDocument,
+        ArchiveVerifyDocument,
+        FormatDocument,
+    )
+    from casbackup_client.views import View
+
+_DEFAULT_CONFIG = "qemu-server.conf"
+_SALVAGED_FORMAT = "vma"
+_REPORT_NAME = "report.json"
+
+
+class _Group(click.Group):
+    """Lists its own commands, then the global options."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        self.format_commands(ctx, formatter)
+        write_options(self, ctx, formatter)
+
+
+@click.group("archive", cls=_Group)
+@global_options
+def archive() -> None:
+    """Look at archives of other formats, take them apart, convert them: no repository is needed.
+
+    FILE may be compressed (zstd, gzip, lzop, bzip2, xz); - is standard input.
+    """
+
+
+def _file_argument(function: Callable[..., None]) -> Callable[..., None]:
+    return click.argument("path", metavar="FILE", type=click.Path())(function)
+
+
+_format_option = click.option(
+    "--format", "format_name", metavar="FORMAT", help="Of the archive; default: told by its first bytes."
+)
+
+
+@command("list")
+@_file_argument
+@_format_option
+@click.option("--vma", "as_vma", is_flag=True, help="Print the lines that `vma list` prints, for scripts.")
+@pass_app
+def list_(app: App, path: str, format_name: str | None, as_vma: bool) -> None:
+    """List an archive's disks and configs. Only its head is read."""
+    with opened_input(path, format_name) as given:
+        opened, _ = given.open()
+        head = opened.head
+    if as_vma and not app.json:
+        for line in _vma_lines(head):
+            sys.stdout.write(line + "\n")
+        return
+    document = _list_document(path, given.format, head)
+    app.output.result(document, lambda: _list_view(document))
+
+
+def _vma_lines(head: ArchiveHead) -> Iterable[str]:
+    """As the reference program prints them; names that are no text as it would write them, escaped."""
+    for config in head.configs:
+        yield f"CFG: size: {len(config.content)} name: {config.name}"
+    for number, disk in enumerate(head.disks, 1):
+        device = disk.device_id if disk.device_id is not None else number
+        if disk.is_vmstate:
+            yield f"VMSTATE: dev_id={device} memory: {disk.size_bytes}"
+        else:
+            yield f"DEV: dev_id={device} size: {disk.size_bytes} devname: {disk.name}"
+    yield f"CTIME: {time.ctime(head.time_s or 0)}"
+
+
+def _list_document(path: str, archive_format: ArchiveFormat, head: ArchiveHead) -> ArchiveListDocument:
+    from casbackup.formats.names import disk_names
+
+    names = disk_names(disk.name for disk in head.disks)
+    return {
+        "archive": path,
+        "format": archive_format.name,
+        "uuid": None if head.uuid is None else head.uuid.hex(),
+        "time": _time(head.time_s),
+        "time_s": head.time_s,
+        "disks": [
+            {
+                "name": disk.name,
+                "disk": name,
+                "size_bytes": disk.size_bytes,
+                "device_id": disk.device_id,
+                "vmstate": disk.is_vmstate,
+            }
+            for name, disk in zip(names, head.disks, strict=True)
+        ],
+        "configs": [{"name": config.name, "size_bytes": len(config.content)} for config in head.configs],
+    }
+
+
+def _time(time_s: int | None) -> str | None:
+    """None also for a time that has no name."""
+    from casbackup.clock import format_time
+
+    try:
+        return None if time_s is None else format_time(time_s * 1000)
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+def _list_view(document: ArchiveListDocument) -> View:
+    from casbackup.units import format_size as size
+    from casbackup_client.views import Fields, Table
+
+    fields = [("format", document["format"])]
+    fields += [(key, str(document[key])) for key in ("uuid", "time") if document[key] is not None]
+    view: list[str | Table | Fields] = [Fields(fields)]
+    if document["disks"]:
+        rows = [
+            (
+                disk["name"],
+                disk["disk"],
+                size(disk["size_bytes"]),
+                "" if disk["device_id"] is None else str(disk["device_id"]),
+                "VM state" if disk["vmstate"] else "disk",
+            )
+            for disk in document["disks"]
+        ]
+        view += ["", Table(("name", "disk", ">size", ">id", "kind"), rows)]
+    if document["configs"]:
+        configs = [(config["name"], str(config["size_bytes"])) for config in document["configs"]]
+        view += ["", Table(("config", ">bytes"), configs)]
+    return view
+
+
+@command("config")
+@_file_argument
+@click.argument("name", metavar="[NAME]", default=_DEFAULT_CONFIG)
+@_format_option
+@pass_app
+def config(app: App, path: str, name: str, format_name: str | None) -> None:
+    """Print a config of an archive, by default qemu-server.conf. Only the archive's head is read."""
+    with opened_input(path, format_name) as given:
+        head = given.open()[0].head
+    found = [item.content for item in head.configs if item.name == name]
+    if not found:
+        names = ", ".join(item.name for item in head.configs) or "none"
+        raise UsageError(f"the archive has no config {name}; it has: {names}")
+    content = found[-1]
+    if app.json:
+        text = content.decode("utf-8", "backslashreplace")
+        app.output.result({"archive": path, "name": name, "content": text}, list)
+        return
+    sys.stdout.flush()
+    sys.stdout.buffer.write(content)
+    sys.stdout.buffer.flush()
+
+
+@command("verify")
+@_file_argument
+@_format_option
+@click.option("--quick", is_flag=True, help="Check the archive's own structures only, and skip its data.")
+@click.option("--strict", is_flag=True, help="Take warnings for errors.")
+@pass_app
+def verify(app: App, path: str, format_name: str | None, quick: bool, strict: bool) -> None:
+    """Verify an archive: find everything that is wrong with it, and whether all of every disk is there.
+
+    The exit status is 0 if the archive is sound, 1 if there are errors, and 2 if the file cannot be read as an
+    archive. Warnings, about what is readable but not as it should be, do not count without --strict.
+
+    VMA has checksums for its headers and none for data: a flipped bit within the data is not found by anybody.
+    """
+    from casbackup.formats.verify import verify as run_verify
+
+    began_s = time.monotonic()
+    try:
+        with opened_input(path, format_name) as given, app.progress() as progress:
+            findings = list(run_verify(given.format, CountedSource(given.source, progress), quick=quick))
+    except (ArchiveError, SourceError) as error:
+        raise ArchiveUnreadable(str(error)) from error
+    document = _verify_document(path, given.format, findings, quick, strict)
+    document["duration_ms"] = round((time.monotonic() - began_s) * 1000)
+    app.output.result(document, lambda: _verify_view(document, findings), essential=bool(findings))
+    if not document["sound"]:
+        raise ArchiveUnsound(f"{path}: {_counts(document)}")
+
+
+def _verify_document(
+    path: str, archive_format: ArchiveFormat, findings: Sequence[Finding], quick: bool, strict: bool
+) -> ArchiveVerifyDocument:
+    from casbackup_client.documenting import finding_documents
+
+    errors = sum(finding.is_error for finding in findings)
+    return {
+        "archive": path,
+        "format": archive_format.name,
+        "quick": quick,
+        "sound": not (findings if strict else errors),
+        "errors": errors,
+        "warnings": len(findings) - errors,
+        "findings": finding_documents(findings),
+        "duration_ms": 0,
+    }
+
+
+def _verify_view(document: ArchiveVerifyDocument, findings: Sequence[Finding]) -> View:
+    from casbackup.units import format_duration
+
+    verdict = "sound" if document["sound"] else "NOT SOUND"
+    took = format_duration(document["duration_ms"] / 1000)
+    return [*map(_finding_line, findings), f"{document['archive']}: {verdict}, {_counts(document)}; {took}"]
+
+
+def _counts(document: ArchiveVerifyDocument) -> str:
+    return f"{counted(document['errors'], 'error')}, {counted(document['warnings'], 'warning')}"
+
+
+def _finding_line(finding: Finding) -> str:
+    """All that is known of where it is."""
+    where = [f"byte {finding.archive_offset}"] if finding.archive_offset is not None else []
+    if finding.disk is not None or finding.device_id is not None:
+        device = f" (device {finding.device_id})" if finding.device_id is not None else ""
+        where.append(f"disk {finding.disk or '?'}{device}")
+    if finding.cluster is not None:
+        where.append(f"cluster {finding.cluster}")
+    if finding.disk_offset is not None:
+        length = f"{finding.length} bytes from " if finding.length is not None else ""
+        where.append(f"{length}disk byte {finding.disk_offset}")
+    elif finding.length is not None:
+        where.append(f"{finding.length} bytes")
+    place = f" [{', '.join(where)}]" if where else ""
+    return f"{finding.severity.value}: {finding.code}: {finding.text}{place}"
+
+
+@command("extract")
+@_file_argument
+@click.argument("folder", metavar="FOLDER", type=click.Path())
+@_format_option
+@click.option("--disk", "disks", metavar="DISK", multiple=True, help="Only this disk, and no configs. Repeatable.")
+@click.option("--allow-incomplete", is_flag=True, help="Take what is there; what is missing reads as zeros.")
+@click.option("--force", is_flag=True, help="Overwrite files that exist.")
+@pass_app
+def extract(
+    app: App,
+    path: str,
+    folder: str,
+    format_name: str | None,
+    disks: tuple[str, ...],
+    allow_incomplete: bool,
+    force: bool,
+) -> None:
+    """Extract an archive's disks, as sparse raw files FOLDER/DISK.raw, and its configs.
+
+    Names are made safe, so nothing leaves the folder whatever the archive says. Files appear when all is complete.
+    After --allow-incomplete with losses the exit status is 3.
+    """
+    from casbackup.jobs.extract import extract as run_extract
+
+    began_s = time.monotonic()
+    with opened_input(path, format_name) as given:
+        opened, _ = given.open()
+        with app.progress() as progress:
+            report = run_extract(
+                opened, folder, only=disks, force=force, allow_incomplete=allow_incomplete, progress=progress
+            )
+    document = _extract_document(path, given.format, opened.head, report)
+    document["duration_ms"] = round((time.monotonic() - began_s) * 1000)
+    app.output.result(document, lambda: _extract_view(document), essential=False)
+    if report.missing or report.damage:
+        raise ArchiveIncomplete(
+            f"{document['missing_bytes']} bytes were missing and are zeros"
+            + (f"; the archive was not read to its end: {report.damage}" if report.damage else "")
+        )
+
+
+def _extract_document(
+    path: str, archive_format: ArchiveFormat, head: ArchiveHead, report: ExtractReport
+) -> ArchiveExtractDocument:
+    from casbackup_client.documenting import missing_documents
+
+    return {
+        "archive": path,
+        "format": archive_format.name,
+        "disks": [
+            {
+                "name": head.disks[disk.number].name,
+                "target": disk.path,
+                "size_bytes": head.disks[disk.number].size_bytes,
+            }
+            for disk in report.disks
+        ],
+        "configs": report.configs,
+        "missing_bytes": sum(gap.length for gap in report.missing),
+        "missing": missing_documents(report.missing, [disk.name for disk in head.disks]),
+        "damage": None if report.damage is None else str(report.damage),
+        "duration_ms": 0,
+    }
+
+
+def _extract_view(document: ArchiveExtractDocument) -> View:
+    from casbackup.units import format_duration
+    from casbackup.units import format_size as size
+
+    disks = [f"{disk['target']} {size(disk['size_bytes'])}" for disk in document["disks"]]
+    lost = [
+        f"missing: {gap['disk']}, {gap['length_bytes']} bytes from byte {gap['offset_bytes']} on"
+        for gap in document["missing"]
+    ]
+    took = format_duration(document["duration_ms"] / 1000)
+    return [*lost, f"extracted {', '.join([*disks, *document['configs']])}; {took}"]
+
+
+@command("salvage")
+@_file_argument
+@click.argument("folder", metavar="FOLDER", type=click.Path())
+@_format_option
+@click.option("--force", is_flag=True, help="Overwrite files that exist.")
+@pass_app
+def salvage(app: App, path: str, folder: str, format_name: str | None, force: bool) -> None:
+    """Rescue what is intact of a damaged archive: disks and configs as by `extract`, and report.json.
+
+    What is lost reads as zeros and is listed. An archive whose beginning is gone is taken for VMA. If anything was
+    lost, the exit status is 3.
+    """
+    from casbackup_client.documenting import finding_documents
+
+    began_s = time.monotonic()
+    with opened_input(path, format_name, fallback=_SALVAGED_FORMAT) as given:
+        if given.format.salvager is None:
+            raise ArchiveUnsupported(f"nothing can be salvaged of format {given.format.name}; extract what is readable")
+        salvaged = given.format.salvager().open(given.source)
+        report = _salvaged(app, salvaged, folder, force)
+    document: ArchiveSalvageDocument = {
+        **_extract_document(path, given.format, salvaged.head, report),
+        "findings": finding_documents(salvaged.findings()),
+    }
+    document["duration_ms"] = round((time.monotonic() - began_s) * 1000)
+    _write_report(document, os.path.join(folder, _REPORT_NAME))
+    lines = [_finding_line(finding) for finding in salvaged.findings()]
+    app.output.result(document, lambda: [*lines, *_extract_view(document)], essential=False)
+    if report.missing:
+        raise ArchiveIncomplete(f"{document['missing_bytes']} bytes of disks are lost and read as zeros")
+
+
+def _salvaged(app: App, salvaged: Archive, folder: str, force: bool) -> ExtractReport:
+    from casbackup.jobs.extract import extract as run_extract
+
+    with app.progress() as progress:
+        return run_extract(salvaged, folder, force=force, allow_incomplete=True, progress=progress)
+
+
+def _write_report(document: ArchiveSalvageDocument, path: str) -> None:
+    import json
+
+    from casbackup_client.targets import write_config
+
+    write_config(path, json.dumps(document, indent=2).encode() + b"\n", sync=False)
+
+
+@command("convert")
+@_file_argument
+@click.argument("target", metavar="TARGET", type=click.Path())
+@click.option("--from", "from_format", metavar="FORMAT", help="Of FILE; default: told by its first bytes.")
+@format_options
+@click.option("--spool", "spool_folder", metavar="FOLDER", type=click.Path(), help="For temporary files.")
+@pass_app
+def convert(
+    app: App,
+    path: str,
+    target: str,
+    from_format: str | None,
+    format_name: str | None,
+    compression: str | None,
+    options: tuple[str, ...],
+    force: bool,
+    spool_folder: str | None,
+) -> None:
+    """Convert an archive to another format: TARGET is a file, or - for standard output.
+
+    \b
+    casbackup archive convert vzdump-qemu-100-...vma.zst web.qcow2
+    casbackup archive convert web.vmdk - --vma | qmrestore - 100
+
+    Where the orders of the two formats do not fit, the data goes through a temporary file, in the folder of TARGET
+    if --spool names no other; it is as large as the data.
+    """
+    from casbackup.jobs.convert import adapted
+    from casbackup.jobs.convert import convert as run_convert
+    from casbackup_client import archives
+
+    if target == PIPE and app.json:
+        raise UsageError("--json and the archive cannot both go to standard output")
+    archive_format = archives.format_to_write(format_name, target)
+    used_compression = archives.compression_to_write(compression, target)
+    writer = archives.writer_of(archive_format, options)
+    began_s = time.monotonic()
+    with opened_input(path, from_format) as given:
+        opened, reader = given.open()
+        head, left_out = adapted(opened.head, writer)
+        with (
+            archives.opened_target(target, used_compression, writer, force=force) as output,
+            app.progress() as progress,
+        ):
+            run_convert(
+                opened,
+                reader.capabilities.order,
+                writer,
+                output,
+                spool_folder=spool_folder or _folder_of(target),
+                progress=progress,
+            )
+    for name in left_out:
+        app.output.complain(f"config {name} is not in it: format {archive_format.name} holds none")
+    if target != PIPE:
+        size_bytes = sum(disk.size_bytes for disk in head.disks)
+        app.output.result(
+            {
+                "source": path,
+                "source_format": given.format.name,
+                "target": target,
+                "format": archive_format.name,
+                "compression": used_compression,
+                "size_bytes": size_bytes,
+                "left_out": list(left_out),
+                "duration_ms": round((time.monotonic() - began_s) * 1000),
+            },
+            lambda: [f"converted {path} ({given.format.name}) to {target} ({archive_format.name})"],
+            essential=False,
+        )
+
+
+def _folder_of(target: str) -> str | None:
+    return None if target == PIPE else os.path.dirname(os.path.abspath(target))
+
+
+@command("formats")
+@pass_app
+def formats(app: App) -> None:
+    """List the formats of archives that can be read and written, plugins included."""
+    from casbackup.formats.registry import all_formats, broken_formats
+
+    found = [_format_document(item) for item in all_formats()]
+    broken = [str(error) for error in broken_formats()]
+    app.output.result({"formats": found, "broken": broken}, lambda: _formats_view(found, broken))
+
+
+def _format_document(item: ArchiveFormat) -> FormatDocument:
+    reader = None if item.reader is None else item.reader().capabilities
+    writer = None if item.writer is None else item.writer().capabilities
+    return {
+        "name": item.name,
+        "summary": item.summary,
+        "suffixes": list(item.suffixes),
+        "reads": reader is not None,
+        "reads_pipes": reader is not None and reader.streams,
+        "writes": writer is not None,
+        "writes_pipes": writer is not None and writer.streams,
+        "max_disks": None if writer is None else writer.max_disks,
+        "configs": writer is not None and writer.configs,
+        "vmstate": writer is not None and writer.vmstate,
+        "verifies": item.verifier is not None,
+        "salvages": item.salvager is not None,
+        "options": dict(item.options),
+    }
+
+
+def _formats_view(found: list[FormatDocument], broken: list[str]) -> View:
+    from casbackup_client.views import Table
+
+    def how(can: bool, pipes: bool) -> str:
+        return "" if not can else "pipe" if pipes else "file"
+
+    rows = [
+        (
+            item["name"],
+            how(item["reads"], item["reads_pipes"]),
+            how(item["writes"], item["writes_pipes"]),
+            "" if item["max_disks"] is None else str(item["max_disks"]),
+            "yes" if item["configs"] else "no",
+            " ".join(item["suffixes"]),
+            item["summary"],
+        )
+        for item in found
+    ]
+    options = [f"{item['name']}: -o {name}=…: {meaning}" for item in found for name, meaning in item["options"].items()]
+    table = Table(("format", "read from", "written to", ">disks", "configs", "files", "is"), rows)
+    return [table, *([""] if options else []), *options, *(f"broken: {text}" for text in broken)]
+
+
+for _command in (list_, config, verify, extract, salvage, convert, formats):
+    archive.add_command(_command)
