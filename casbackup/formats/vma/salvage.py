@@ -30,7 +30,7 @@ from casbackup.formats.vma.extent import (
 from casbackup.formats.vma.header import Device, Header, examine_header, head_of
 from casbackup.formats.vma.mend import mended_extent, mended_header
 from casbackup.formats.vma.reader import places_of
-from casbackup.formats.vma.walk import SECOND_ARCHIVE, Found, Lost, Opening, looks_like_header, opening, walk
+from casbackup.formats.vma.walk import SECOND_ARCHIVE, Found, Lost, Opening, Uuids, looks_like_header, opening, walk
 from casbackup.formats.vma.window import Window
 from casbackup.spec import vma
 from casbackup.units import KiB
@@ -111,26 +111,31 @@ class VmaSalvage:
 
     def _archive_uuid(self, begin: Opening) -> bytes | None:
         """The header's if any extent has it, else that of most extents; None: there is no extent."""
+        header_uuid = begin.header.uuid if begin.header is not None else None
+        if header_uuid is not None and header_uuid in self._count_uuids(begin, {header_uuid}):
+            return header_uuid
+        counts = self._count_uuids(begin, None)
+        if not counts:
+            return header_uuid
+        most = counts.most_common(1)[0][0]
+        if header_uuid is not None:
+            self._note("extent-uuid", f"the extents have another uuid than the header: {most.hex()}", 8)
+        return most
+
+    def _count_uuids(self, begin: Opening, uuids: Uuids) -> Counter[bytes]:
         counts = Counter[bytes]()
-        for item in walk(self._window, begin.extents_at, set(), whole=False):
+        for item in walk(self._window, begin.extents_at, uuids, whole=False):
             if isinstance(item, Found):
                 counts[item.extent.uuid] += 1
             elif item.code == SECOND_ARCHIVE:
                 break
-        if begin.header is not None and begin.header.uuid in counts:
-            return begin.header.uuid
-        found = counts.most_common(1)
-        if not found:
-            return begin.header.uuid if begin.header is not None else None
-        if begin.header is not None:
-            self._note("extent-uuid", f"the extents have another uuid than the header: {found[0][0].hex()}", 8)
-        return found[0][0]
+        return counts
 
     def _collect(self, begin: Opening) -> None:
         """Find all extents, note what is wrong with the archive, and learn how large its devices are at least."""
         changed = list[Found]()
         is_first_archive = True
-        for item in walk(self._window, begin.extents_at, {self._uuid} if self._uuid else set(), whole=False):
+        for item in walk(self._window, begin.extents_at, {self._uuid} if self._uuid else None, whole=False):
             if isinstance(item, Lost):
                 self._note(item.code, f"{item.text} ({item.length} bytes)", item.offset)
                 is_first_archive &= item.code != SECOND_ARCHIVE

@@ -47,6 +47,8 @@ class Lost(NamedTuple):
     text: str
 
 
+Uuids = set[bytes] | None
+
 SECOND_ARCHIVE = "second-archive"
 
 _UUID_OFFSET = 8
@@ -89,7 +91,7 @@ def opening(window: Window) -> Opening:
 
 def _damaged_opening(window: Window) -> Opening:
     data = bytes(window.read(0, vma.MAX_WRITTEN_HEADER_BYTES))
-    first = _next_extent(window, 0, None, set())
+    first = _next_extent(window, 0, None, None)
     end = first if first is not None else window.end or 0
     data = data[:end]
     if len(data) < vma.FIXED_BYTES:
@@ -108,10 +110,10 @@ def looks_like_header(data: bytes) -> bool:
     return sum((a ^ b).bit_count() for a, b in differing) <= _MAX_MAGIC_BITS
 
 
-def walk(window: Window, start: int, uuids: set[bytes], *, whole: bool) -> Iterator[Found | Lost]:
+def walk(window: Window, start: int, uuids: Uuids, *, whole: bool) -> Iterator[Found | Lost]:
     """Everything from ``start`` to the archive's end, in order, without gaps.
 
-    ``uuids``: of extents that are accepted where they are not expected; none: any. Those of extents that are found
+    ``uuids``: of extents that are accepted where they are not expected; None: any. Those of extents that are found
     where they are expected are added. ``whole``: each extent's data is in the window when the extent is given.
     """
     position = start
@@ -125,14 +127,14 @@ def walk(window: Window, start: int, uuids: set[bytes], *, whole: bool) -> Itera
         position = yield from _found(window, found, uuids, whole=whole)
 
 
-def _extent_at(offset: int, header: memoryview, uuids: set[bytes]) -> Found | str:
+def _extent_at(offset: int, header: memoryview, uuids: Uuids) -> Found | str:
     """The extent there, without its data, or what is wrong."""
     if len(header) < vma.EXTENT_BYTES:
         return f"the archive ends within an extent's header, after {len(header)} bytes"
     extent = parse_extent(header)
     if not isinstance(extent, str):
         return Found(offset, extent)
-    for uuid in uuids:
+    for uuid in uuids or ():
         mended = mended_extent(bytes(header), uuid)
         right = parse_extent(memoryview(mended.header)) if mended is not None else extent
         if mended is not None and not isinstance(right, str):
@@ -140,9 +142,10 @@ def _extent_at(offset: int, header: memoryview, uuids: set[bytes]) -> Found | st
     return extent
 
 
-def _found(window: Window, found: Found, uuids: set[bytes], *, whole: bool) -> Generator[Found, None, int]:
+def _found(window: Window, found: Found, uuids: Uuids, *, whole: bool) -> Generator[Found, None, int]:
     """Gives the extent with its data; returns where to go on."""
-    uuids.add(found.extent.uuid)
+    if uuids is not None:
+        uuids.add(found.extent.uuid)
     data_at = found.offset + vma.EXTENT_BYTES
     stored = found.extent.mask_blocks * vma.BLOCK_BYTES
     end = data_at + stored
@@ -170,7 +173,7 @@ def _is_boundary(window: Window, keep_from: int | None, offset: int) -> bool:
     return not isinstance(parse_extent(header), str) or bytes(header[:4]) == vma.MAGIC
 
 
-def _lost(window: Window, offset: int, text: str, uuids: set[bytes]) -> Lost:
+def _lost(window: Window, offset: int, text: str, uuids: Uuids) -> Lost:
     begin = bytes(window.read(offset, vma.FIXED_BYTES))
     if begin.startswith(vma.MAGIC) and len(begin) == vma.FIXED_BYTES:
         size = vma.HEADER.unpack_from(begin)[-1]
@@ -185,7 +188,7 @@ def _lost(window: Window, offset: int, text: str, uuids: set[bytes]) -> Lost:
     return Lost(offset, end - offset, "trailing-data" if place is None else "junk", f"bytes that are no extent {where}")
 
 
-def _next_extent(window: Window, offset: int, stop: int | None, uuids: set[bytes]) -> int | None:
+def _next_extent(window: Window, offset: int, stop: int | None, uuids: Uuids) -> int | None:
     """Where an extent's header that is sound, or can be put right, begins next, in [offset, stop)."""
     while stop is None or offset < stop:
         end = offset + _SEARCH_BYTES if stop is None else min(offset + _SEARCH_BYTES, stop)
@@ -193,7 +196,7 @@ def _next_extent(window: Window, offset: int, stop: int | None, uuids: set[bytes
             header = window.read(place, vma.EXTENT_BYTES)
             if len(header) == vma.EXTENT_BYTES:
                 found = _extent_at(place, header, uuids)
-                if not isinstance(found, str) and (not uuids or found.extent.uuid in uuids):
+                if not isinstance(found, str) and (uuids is None or found.extent.uuid in uuids):
                     return place
         if window.end is not None and end >= window.end:
             return None
@@ -201,11 +204,11 @@ def _next_extent(window: Window, offset: int, stop: int | None, uuids: set[bytes
     return None
 
 
-def _candidates(window: Window, start: int, end: int, uuids: set[bytes]) -> list[int]:
+def _candidates(window: Window, start: int, end: int, uuids: Uuids) -> list[int]:
     """Places in [start, end) that have an extent's magic, or a uuid where an extent has it. All is in the window."""
     view = window.read(start, end - start + vma.EXTENT_BYTES)
     data, found = bytes(view), set[int]()
-    for needle, place in ((vma.EXTENT_MAGIC, 0), *((uuid, _UUID_OFFSET) for uuid in uuids)):
+    for needle, place in ((vma.EXTENT_MAGIC, 0), *((uuid, _UUID_OFFSET) for uuid in uuids or ())):
         at = data.find(needle, place)
         while at >= 0:
             if at - place < end - start:
