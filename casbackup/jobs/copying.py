@@ -23,14 +23,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from casbackup.codec.records import decode_record, parse_record
-from casbackup.errors import BlobDamaged, BlobMissing, DataDamage
+from casbackup.codec.hashing import record_checksum
+from casbackup.codec.records import decode_record
+from casbackup.errors import BlobDamaged, BlobMissing, DataDamage, NodeInvalid
 from casbackup.ids import ZERO_ID, BlobId
 from casbackup.jobs.ratelimit import NO_LIMIT, RateLimit
 from casbackup.limits import MAX_LEVEL
 from casbackup.progress import NoProgress, Progress
-from casbackup.spec.node import Leaf
-from casbackup.spec.record import BlobKind, Record
+from casbackup.spec.node import Inner, Leaf
+from casbackup.spec.record import CHECKED_BYTES, BlobKind, Record
 from casbackup.store.blobstore import Fetched
 from casbackup.store.writer import StoredBytes
 from casbackup.tree.reader import checked_node, span_of
@@ -58,15 +59,23 @@ _NAMED_LOSSES = 16
 
 
 class Wanted(NamedTuple):
-    """A blob that shall be at the destination. ``size_bytes``: of the disk, or of the config."""
+    """A blob that a goal wants. ``size_bytes``: of a config. ``span_bytes``: of a disk, whose root it is."""
 
     id: BlobId
     level: int
-    size_bytes: int
+    size_bytes: int = 0
+    span_bytes: int = 0
+
+    @property
+    def kind(self) -> BlobKind:
+        return BlobKind.CONFIG if self.level == CHUNK else BlobKind.NODE
 
 
 class Goal(Protocol):
-    """Several blobs with all below them. Called from any worker."""
+    """Several blobs with all below them. Called from any worker.
+
+    ``wanted`` are known to be missing at the destination; looked at when ``begin`` has returned.
+    """
 
     wanted: Sequence[Wanted]
 
@@ -117,13 +126,14 @@ class _Target:
 
 @dataclass(eq=False, slots=True)
 class _Parcel:
-    """A blob that is wanted and not settled.
+    """A blob that is wanted and not settled. ``owner`` wanted it first.
 
-    ``size_bytes``: content of a chunk. ``span_bytes``: what of disks it stands for, for the progress. ``owner`` wanted
-    it first. ``record``, ``pending`` and ``losses`` are about a node that was fetched and whose children are not.
+    ``size_bytes``: content that a chunk must have at least. ``span_bytes``: what of disks it stands for, for the
+    progress. ``record``, ``pending`` and ``losses`` are about a node that was fetched and whose children are not.
     """
 
     id: BlobId
+    kind: BlobKind
     level: int
     owner: _Target
     size_bytes: int = 0
@@ -134,8 +144,15 @@ class _Parcel:
     losses: list[DataDamage] = field(default_factory=list)
 
 
-_Child = tuple[BlobId, int, int]
-"""Id, content if it is a chunk, bytes of disk that it stands for."""
+class _Child(NamedTuple):
+    """Something named by a node or a goal; ``size_bytes`` and ``span_bytes`` as in ``_Parcel``."""
+
+    id: BlobId
+    size_bytes: int
+    span_bytes: int
+
+
+_Answer = Record | DataDamage
 
 
 class Copier:
@@ -164,8 +181,11 @@ class Copier:
         self._unfetched: dict[int, deque[_Parcel]] = {level: deque() for level in range(CHUNK, MAX_LEVEL + 1)}
         self._unbegun: deque[Goal] = deque()
         self._complete: deque[_Target] = deque()
+        self._arrived: set[BlobId] = set()
+        """Of what goals want, so that another goal does not want it again."""
         self._begun = 0
         self._busy = 0
+        self._stop = threading.Event()
 
     def run(self, goals: Iterable[Goal]) -> None:
         """Copy all goals, begun in their order; returns when all have ended.
@@ -176,8 +196,9 @@ class Copier:
         numbers = itertools.count()
 
         def work(stop: threading.Event) -> None:
+            self._stop = stop
             moves_first = next(numbers) % 2 == 1
-            while (action := self._next(moves_first=moves_first, stop=stop)) is not None:
+            while (action := self._next(moves_first=moves_first)) is not None:
                 try:
                     action()
                 finally:
@@ -189,10 +210,10 @@ class Copier:
 
     # --- what to do next
 
-    def _next(self, *, moves_first: bool, stop: threading.Event) -> Callable[[], None] | None:
+    def _next(self, *, moves_first: bool) -> Callable[[], None] | None:
         """Something to do, waiting for it if need be; None when there will be nothing more."""
         with self._changed:
-            while not stop.is_set():
+            while not self._stop.is_set():
                 action = self._chosen(moves_first=moves_first)
                 if action is not None:
                     self._busy += 1
@@ -244,12 +265,12 @@ class Copier:
         target = _Target(goal)
         with self._changed:
             for wanted in goal.wanted:
-                is_disk = wanted.level != CHUNK
-                size, span = (0, wanted.size_bytes) if is_disk else (wanted.size_bytes, 0)
-                if wanted.id == ZERO_ID:
-                    self._progress.advance(done=span)
-                else:
-                    self._want(target, wanted.level, target, (wanted.id, size, span))
+                if wanted.id in self._arrived:
+                    self._progress.advance(done=wanted.span_bytes)
+                    continue
+                parcel = self._want(target, wanted.kind, wanted.level, target, wanted)
+                if parcel is not None:
+                    self._unfetched[wanted.level].append(parcel)
             if not target.pending:
                 self._complete.append(target)
 
@@ -274,50 +295,50 @@ class Copier:
         """Fetch nodes, and want what is below them."""
         lost: list[_Parcel] = []
         complete: list[_Parcel] = []
-        for parcel, record in self._fetched(batch):
+        for parcel, answer in self._fetched(batch):
             try:
-                below = _below(parcel, record)
+                record = _sound(parcel, answer)
+                node = checked_node(decode_record(record), parcel.level)
             except DataDamage as damage:
                 parcel.losses.append(_named(parcel, damage))
                 lost.append(parcel)
-                continue
-            zero_bytes = parcel.span_bytes - sum(span for _, _, span in below) if parcel.level else 0
-            self._progress.advance(done=zero_bytes)
-            if self._open(parcel, record, below):
-                complete.append(parcel)
+            else:
+                if self._open(parcel, record, node):
+                    complete.append(parcel)
         self._settle(lost)
         self._hand_over(complete)
 
-    def _open(self, parcel: _Parcel, record: Record | DataDamage, below: Sequence[_Child]) -> bool:
+    def _open(self, parcel: _Parcel, record: Record, node: Leaf | Inner) -> bool:
         """Wait for the children; True when there are none that are not settled."""
-        assert not isinstance(record, DataDamage)
         with self._changed:
             parcel.record = record._replace(payload=bytes(record.payload))  # not the memory of all that was fetched
-            if parcel.level:
-                parcel.span_bytes = 0
-            for child in below:
-                self._want(parcel, parcel.level - 1, parcel.owner, child)
-            return not parcel.pending
+            if isinstance(node, Leaf):
+                self._want_below(parcel, BlobKind.CHUNK, _chunks_of(node))
+                return not parcel.pending
+            span_bytes, parcel.span_bytes = parcel.span_bytes, 0
+            children = list(_children_of(node, span_bytes))
+            span_bytes -= sum(child.span_bytes for child in children)
+            self._want_below(parcel, BlobKind.NODE, children)
+        self._progress.advance(done=span_bytes)  # what is left of it is zero
+        return False
 
     def _move(self, batch: Sequence[_Parcel]) -> None:
         """Fetch chunks, verify them, and hand them over."""
         records: list[Record] = []
-        arrived: list[_Parcel] = []
-        lost: list[_Parcel] = []
-        for parcel, record in self._fetched(batch):
+        for parcel, answer in self._fetched(batch):
             try:
-                records.append(_verified(record))
+                record = _sound(parcel, answer)
+                decode_record(record)
             except DataDamage as damage:
                 parcel.losses.append(_named(parcel, damage))
-                lost.append(parcel)
-                continue
-            self._count(parcel, records[-1].total_bytes)
-            arrived.append(parcel)
-        self._limit.pass_on(sum(record.total_bytes for record in records))
+            else:
+                records.append(record)
+                self._count(parcel, record.total_bytes)
+                self._limit.pass_on(record.total_bytes, self._stop)
         self._send(records)
-        self._settle(arrived + lost)
+        self._settle(batch)
 
-    def _fetched(self, batch: Sequence[_Parcel]) -> Iterator[tuple[_Parcel, Record | DataDamage]]:
+    def _fetched(self, batch: Sequence[_Parcel]) -> Iterator[tuple[_Parcel, _Answer]]:
         by_id = {parcel.id: parcel for parcel in batch}
         for blob_id, record in self._source.fetch(list(by_id)):
             parcel = by_id.pop(blob_id, None)
@@ -329,11 +350,12 @@ class Copier:
     def _hand_over(self, nodes: Sequence[_Parcel]) -> None:
         """Send nodes whose children are settled, those above them that are complete by that, and so on."""
         while nodes:
-            records = [node.record for node in nodes if node.record is not None and not node.losses]
+            records: list[Record] = []
             for node in nodes:
                 if node.record is not None and not node.losses:
+                    records.append(node.record)
                     self._count(node, node.record.total_bytes)
-            self._limit.pass_on(sum(record.total_bytes for record in records))
+                    self._limit.pass_on(node.record.total_bytes, self._stop)
             self._send(records)
             nodes = self._settled(nodes)
 
@@ -346,16 +368,24 @@ class Copier:
 
     # --- bookkeeping, all under the lock
 
-    def _want(self, above: _Parcel | _Target, level: int, owner: _Target, child: _Child) -> None:
-        blob_id, size, span = child
-        parcel = self._parcels.get(blob_id)
-        if parcel is None:
-            parcel = self._parcels[blob_id] = _Parcel(blob_id, level, owner, size)
-            self._unasked[level].append(parcel)
-        parcel.size_bytes = max(parcel.size_bytes, size)
-        parcel.span_bytes += span
+    def _want(
+        self, above: _Parcel | _Target, kind: BlobKind, level: int, owner: _Target, child: _Child | Wanted
+    ) -> _Parcel | None:
+        """Make ``above`` wait for a blob; gives its parcel if it is a new one, which is in no queue yet."""
+        known = self._parcels.get(child.id)
+        parcel = known or _Parcel(child.id, kind, level, owner)
+        self._parcels[child.id] = parcel
+        parcel.size_bytes = max(parcel.size_bytes, child.size_bytes)
+        parcel.span_bytes += child.span_bytes
         parcel.above.append(above)
         above.pending += 1
+        return parcel if known is None else None
+
+    def _want_below(self, parcel: _Parcel, kind: BlobKind, children: Iterable[_Child]) -> None:
+        for child in children:
+            new = self._want(parcel, kind, parcel.level - 1, parcel.owner, child)
+            if new is not None:
+                self._unasked[new.level].append(new)
 
     def _settled(self, parcels: Sequence[_Parcel]) -> list[_Parcel]:
         """These are settled: present, handed over, or lost. Gives the nodes that have nothing pending now."""
@@ -367,12 +397,14 @@ class Copier:
                 done_bytes += parcel.span_bytes
                 for above in parcel.above:
                     above.pending -= 1
-                    above.losses += parcel.losses[: _NAMED_LOSSES - len(above.losses)]
-                    if above.pending:
-                        continue
+                    new = [loss for loss in parcel.losses if loss not in above.losses]
+                    above.losses += new[: _NAMED_LOSSES - len(above.losses)]
                     if isinstance(above, _Target):
-                        self._complete.append(above)
-                    else:
+                        if not parcel.losses:
+                            self._arrived.add(parcel.id)
+                        if not above.pending:
+                            self._complete.append(above)
+                    elif not above.pending:
                         ready.append(above)
             self._changed.notify_all()
         self._progress.advance(done=done_bytes)
@@ -389,48 +421,48 @@ class Copier:
         self._progress.advance(new=stored_bytes)
 
 
-def _below(parcel: _Parcel, record: Record | DataDamage) -> list[_Child]:
-    """The distinct children of a node that was fetched.
+def _chunks_of(leaf: Leaf) -> Iterator[_Child]:
+    """The distinct chunks of a leaf, and how far it reaches into each."""
+    reach: dict[BlobId, int] = {}
+    for extent in leaf.extents:
+        if not extent.is_zero:
+            reach[extent.id] = max(reach.get(extent.id, 0), extent.skip + extent.length)
+    for chunk, size_bytes in reach.items():
+        yield _Child(chunk, size_bytes, 0)
 
-    :raise DataDamage: when it is not what it should be.
+
+def _children_of(node: Inner, span_bytes: int) -> Iterator[_Child]:
+    """The distinct children of a node that stands for so many bytes of disk."""
+    spans: dict[BlobId, int] = {}
+    span = span_of(node.level - 1)
+    for number, child in enumerate(node.children):
+        if child != ZERO_ID:
+            spans[child] = spans.get(child, 0) + max(0, min(span, span_bytes - number * span))
+    for child, part in spans.items():
+        yield _Child(child, 0, part)
+
+
+def _sound(parcel: _Parcel, answer: _Answer) -> Record:
+    """The record, if it may be stored as it is; whether its content has its id is for the caller to see.
+
+    :raise DataDamage: the answer itself, or what is wrong with the record.
     """
-    node = checked_node(decode_record(_sound(record)), parcel.level)
-    found: dict[BlobId, tuple[int, int]] = {}
-    if isinstance(node, Leaf):
-        for extent in node.extents:
-            if not extent.is_zero:
-                reach = found.get(extent.id, (0, 0))[0]
-                found[extent.id] = max(reach, extent.skip + extent.length), 0
-    else:
-        span = span_of(parcel.level - 1)
-        rest = parcel.span_bytes
-        for child in node.children:
-            if child != ZERO_ID:
-                found[child] = 0, found.get(child, (0, 0))[1] + max(0, min(span, rest))
-            rest -= span
-    return [(child, size, span) for child, (size, span) in found.items()]
-
-
-def _sound(record: Record | DataDamage) -> Record:
-    """:raise DataDamage: in its place, or when its checksum is wrong: it could not be stored as it is."""
-    if isinstance(record, DataDamage):
-        raise record
-    parse_record(b"".join((record.header, record.payload)), at="the source")
-    return record
-
-
-def _verified(record: Record | DataDamage) -> Record:
-    """:raise DataDamage: also when its content does not have its id."""
-    sound = _sound(record)
-    decode_record(sound)
-    return sound
+    if isinstance(answer, DataDamage):
+        raise answer
+    if record_checksum(answer.header, answer.payload) != answer.header[CHECKED_BYTES:]:
+        raise BlobDamaged("the record fails its checksum")
+    if answer.kind != parcel.kind or answer.plain_length < parcel.size_bytes:
+        raise NodeInvalid("a tree node names it as something that it is not")
+    return answer
 
 
 def _named(parcel: _Parcel, damage: DataDamage) -> DataDamage:
-    what = "tree node" if parcel.level != CHUNK else "blob"
-    if parcel.id.hex()[:16] in str(damage):
+    """The damage, with a message that says which blob it is."""
+    short = parcel.id.hex()[:16]
+    if short in str(damage):
         return damage
-    return type(damage)(f"{what} {parcel.id.hex()[:16]}: {damage}")
+    what = "tree node" if parcel.kind == BlobKind.NODE else "blob"
+    return type(damage)(f"{what} {short}: {damage}")
 
 
 def _taken(queue: deque[_Parcel], most: int) -> list[_Parcel]:
@@ -438,6 +470,3 @@ def _taken(queue: deque[_Parcel], most: int) -> list[_Parcel]:
 
 
 def _nothing_more(_stored: StoredBytes) -> None: ...
-
-
-__all__ = ["CHUNK", "BlobDamaged", "BlobKind", "Copier", "Goal", "Tally", "Wanted"]

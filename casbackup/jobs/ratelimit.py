@@ -11,12 +11,12 @@ _BURST_S = 0.5
 
 
 class RateLimit(Protocol):
-    def pass_on(self, size_bytes: int) -> None:
-        """Wait until so many bytes may pass."""
+    def pass_on(self, size_bytes: int, stop: threading.Event) -> None:
+        """Wait until so many bytes may pass, or until ``stop`` is set."""
 
 
 class _NoLimit:
-    def pass_on(self, size_bytes: int) -> None: ...
+    def pass_on(self, size_bytes: int, stop: threading.Event) -> None: ...
 
 
 NO_LIMIT: RateLimit = _NoLimit()
@@ -25,23 +25,16 @@ NO_LIMIT: RateLimit = _NoLimit()
 class BytesPerSecond:
     """Each caller is given its place in time and waits for it. What was not used for half a second may be made up."""
 
-    def __init__(
-        self,
-        bytes_per_s: float,
-        *,
-        monotonic_s: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
+    def __init__(self, bytes_per_s: float, *, monotonic_s: Callable[[], float] = time.monotonic) -> None:
         self._bytes_per_s = bytes_per_s
         self._monotonic_s = monotonic_s
-        self._sleep = sleep
         self._lock = threading.Lock()
         self._free_s = monotonic_s()
 
-    def pass_on(self, size_bytes: int) -> None:
+    def pass_on(self, size_bytes: int, stop: threading.Event) -> None:
         now_s = self._monotonic_s()
         with self._lock:
             self._free_s = max(self._free_s, now_s - _BURST_S) + size_bytes / self._bytes_per_s
             wait_s = self._free_s - now_s
         if wait_s > 0:
-            self._sleep(wait_s)
+            stop.wait(wait_s)

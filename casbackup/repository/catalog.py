@@ -24,7 +24,14 @@ from casbackup.errors import (
 from casbackup.fs import FileSystem, translated, write_durably
 from casbackup.ids import DEFAULT_NAMESPACE, Namespace, SnapshotId, VmName, parse_namespace, parse_vm
 from casbackup.repository.layout import Layout, SnapshotKey, snapshot_files, vm_snapshots
-from casbackup.spec.manifest import Manifest, Sidecar, decode_manifest, decode_sidecar, encode_sidecar
+from casbackup.spec.manifest import (
+    Manifest,
+    Sidecar,
+    decode_manifest,
+    decode_sidecar,
+    encode_manifest,
+    encode_sidecar,
+)
 from casbackup.store.index import Index, Transaction
 
 _HEX = set("0123456789abcdef")
@@ -152,6 +159,19 @@ class Catalog:
         """The snapshot with this key as its file says now."""
         data = self._read_manifest(key)
         return None if data is None else self._snapshot(key, data, self._fs.exists(self._layout.sidecar(key)))
+
+    def manifest(self, snapshot: Snapshot) -> bytes:
+        """The bytes of its manifest, whose BLAKE3 is its id.
+
+        :raise SnapshotNotFound: when it was forgotten and its bytes cannot be told.
+        """
+        data, snapshot_id = encode_manifest(snapshot.manifest)
+        if snapshot_id == snapshot.id:
+            return data
+        file = self._read_manifest(snapshot.key)  # written by another version, with keys that this one ignores
+        if file is None or decode_manifest(file, str(snapshot.key))[1] != snapshot.id:
+            raise SnapshotNotFound(f"{snapshot.reference} was forgotten a moment ago")
+        return file
 
     def annotate(
         self,

@@ -31,10 +31,11 @@ from casbackup.codec.records import decode_record
 from casbackup.errors import CasbackupError, ClosureViolation, SessionBusy, SessionNotFound, SnapshotNotFound
 from casbackup.fs import FileLock, translated, write_durably
 from casbackup.ids import ZERO_ID, BlobId, Namespace, SessionId, VmName, new_session_id
+from casbackup.repository import adoption
 from casbackup.repository.catalog import Snapshot, read_copy, store_copy
 from casbackup.repository.layout import SnapshotKey
 from casbackup.spec.indexdb import BlobEntry, PackRow
-from casbackup.spec.manifest import Manifest, encode_manifest
+from casbackup.spec.manifest import Manifest, Sidecar, decode_manifest, encode_manifest
 from casbackup.spec.node import Inner, decode_node
 from casbackup.spec.outline import distinct_children, encode_inner_outline, encode_leaf_outline
 from casbackup.spec.pack import PackEntry
@@ -216,7 +217,7 @@ class _SessionWriter(StoreWriter):
 class Session:
     """One backup in progress. ``missing`` and ``send`` may be called from several threads.
 
-    Ends by exactly one of ``commit``, ``abort`` and ``park``.
+    Ends by exactly one of ``commit``, ``finish``, ``abort`` and ``park``.
     """
 
     def __init__(self, repository: Repository, row: SessionRow, lock: FileLock) -> None:
@@ -240,6 +241,11 @@ class Session:
         pending = self._writer.pending
         return set(self._repository.store.missing([i for i in ids if pending(i) is None]))
 
+    def missing_leaf(self, leaf: BlobId, chunks: Sequence[BlobId]) -> set[BlobId]:
+        """Those of a leaf and its chunks that must be sent; none if the leaf is there, for then its chunks are."""
+        missing = self.missing([leaf])
+        return missing | self.missing(chunks) if missing else missing
+
     def send(self, records: Sequence[Record]) -> StoredBytes:
         """Store blobs; durable with the next ``flush`` or ``commit``. Duplicates are not an error.
 
@@ -258,6 +264,13 @@ class Session:
             waiting = []
             stored = stored.plus(self._writer.put([record], {record.id: self._checked_outline(record)}))
         return stored.plus(self._writer.put(waiting))
+
+    def send_soon(self, records: Sequence[Record], then: Callable[[StoredBytes], None]) -> None:
+        """``send`` for whoever need not wait; here, it does not take long."""
+        then(self.send(records))
+
+    def settle(self) -> None:
+        """Nothing is ever under way."""
 
     def flush(self) -> None:
         """What was sent survives any crash from now on."""
@@ -295,6 +308,39 @@ class Session:
                 self._end_for_good()
             return committed[0]
 
+    def adopt(self, manifest: bytes, sidecar: Sidecar = Sidecar()) -> Snapshot:  # noqa: B008  it is immutable
+        """Make a snapshot of another repository visible here as it is: the same bytes, so the same id, number, parent
+        and time. The session goes on.
+
+        One that is here already keeps the sidecar that it has here.
+
+        1. blobs durable and indexed; 2. sidecar written; 3. manifest written, synced, renamed into place: the commit
+        point; 4. index's copy put.
+
+        :raise ManifestDamaged: when the bytes are no manifest. :raise ClosureViolation: when something that it needs
+        is not stored. :raise NodeInvalid: when a root is not that of a disk of its size.
+        :raise SnapshotConflict: when the VM has another snapshot of that time.
+        """
+        decoded, snapshot_id = decode_manifest(manifest, "to be copied")
+        snapshot = Snapshot(snapshot_id, decoded, sidecar)
+        with self._commit_lock:
+            self._require_attached()
+            self._writer.flush()
+            adoption.clear_the_way(self._repository, snapshot.key, manifest)
+
+            def change(txn: Transaction) -> Snapshot:
+                self._require_roots(txn, decoded)
+                return adoption.write_copy(self._repository, txn, snapshot, manifest)
+
+            adoption.check_roots(self._repository, decoded)
+            return self._repository.index.write(change)
+
+    def finish(self) -> None:
+        """End it: what it adopted stays, what else it stored becomes garbage. Ending an ended session is harmless."""
+        if self._lock is not None:
+            self._writer.flush(seal=True)
+            self.abort()
+
     def abort(self) -> None:
         """Give up: what was stored becomes garbage. Ending an ended session is harmless."""
         if self._lock is None:
@@ -325,8 +371,10 @@ class Session:
         repository.fs.make_folders(repository.layout.vm_folder(draft.namespace, draft.vm))
         while True:
             key = SnapshotKey(manifest.namespace, manifest.vm, manifest.time_ms)
-            if read_copy(txn, repository.index, key) is not None:
-                # Taken, or was taken by one whose removal was cut short: its copy must not be believed to be ours.
+            orphan = repository.fs.exists(repository.layout.sidecar(key))
+            if orphan or read_copy(txn, repository.index, key) is not None:
+                # Taken, or was taken by one whose removal was cut short: its copy must not be believed to be ours, nor
+                # its sidecar.
                 manifest = replace(manifest, time_ms=manifest.time_ms + 1)
                 continue
             data, snapshot_id = encode_manifest(manifest)

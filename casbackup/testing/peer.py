@@ -12,6 +12,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 
 from casbackup.codec.records import decode_record, encode_blob
@@ -19,16 +20,19 @@ from casbackup.errors import (
     BlobMissing,
     ClosureViolation,
     DataDamage,
+    ManifestDamaged,
+    NodeInvalid,
     SessionBusy,
     SessionNotFound,
     SnapshotAmbiguous,
+    SnapshotConflict,
     SnapshotNotFound,
 )
-from casbackup.ids import DEFAULT_NAMESPACE, ZERO_ID, BlobId, DiskName, Namespace, SessionId, VmName
+from casbackup.ids import DEFAULT_NAMESPACE, ZERO_ID, BlobId, DiskName, Namespace, SessionId, SnapshotId, VmName
 from casbackup.limits import SEGMENT_BYTES
 from casbackup.peer.api import Peer, PeerSession
 from casbackup.repository.catalog import Snapshot
-from casbackup.spec.manifest import ConfigRecord, DiskRecord, Manifest
+from casbackup.spec.manifest import ConfigRecord, DiskRecord, Manifest, Sidecar, encode_manifest
 from casbackup.spec.node import Extent, encode_inner, encode_leaf, zero_extent
 from casbackup.spec.record import BlobKind, Record
 
@@ -292,6 +296,98 @@ class PeerConformance:
                 assert _raises(SnapshotNotFound, find), reference
             assert _raises(SnapshotAmbiguous, lambda: peer.find(f"vm/100@{stamp[:4]}", DEFAULT_NAMESPACE))
 
+    # --- copies of another repository's snapshots
+
+    def check_a_copy_is_the_same_snapshot(self) -> None:
+        with self._opened() as peer:
+            own = committed(peer, b"own")
+            session = _session(peer)
+            draft = stored_disk(session, b"copied", time_ms=TIME_MS - 1)
+            manifest, snapshot_id = encode_manifest(_foreign(draft))
+            sidecar = Sidecar(pinned=True, labels=("offsite",), notes="copied")
+            copy = session.adopt(manifest, sidecar)
+            assert copy.id == snapshot_id
+            assert (copy.manifest.sequence, copy.manifest.parent) == (7, "ab" * 32)
+            found = {snapshot.id: snapshot for snapshot in peer.snapshots()}
+            assert found == {own.id: own, copy.id: copy}
+            assert (copy.pinned, copy.labels, copy.notes) == (True, ("offsite",), "copied")
+            assert peer.manifest(found[copy.id]) == manifest
+            session.finish()
+            assert _raises(SessionNotFound, lambda: peer.resume_session(session.id))
+            assert {snapshot.id for snapshot in peer.snapshots()} == {own.id, copy.id}
+
+    def check_a_session_adopts_any_number_of_any_vm(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            drafts = [stored_disk(session, b"%d" % n, time_ms=TIME_MS - n, vm=(VM, OTHER_VM)[n % 2]) for n in range(6)]
+            copies = [encode_manifest(_foreign(draft)) for draft in drafts]
+            for manifest, _ in copies:
+                session.adopt(manifest)
+            session.park()
+            assert {snapshot.id for snapshot in peer.snapshots()} == {snapshot_id for _, snapshot_id in copies}
+            fetched = peer.fetch([draft.disks[0].root for draft in drafts])
+            assert all(isinstance(record, Record) for _, record in fetched)
+
+    def check_adopting_twice_changes_nothing(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            manifest, _ = encode_manifest(_foreign(stored_disk(session, b"copied")))
+            first = session.adopt(manifest)
+            changed = peer.annotate(first, notes="changed here")
+            assert session.adopt(manifest, Sidecar(notes="changed there")) == changed
+            assert peer.snapshots() == [changed]
+            session.finish()
+
+    def check_the_next_snapshot_follows_the_copy(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            copy = session.adopt(encode_manifest(_foreign(stored_disk(session, b"copied")))[0])
+            session.finish()
+            own = committed(peer, b"own", time_ms=TIME_MS - 1000)
+            assert (own.manifest.sequence, own.manifest.parent) == (8, copy.id)
+            assert peer.find("vm/100", DEFAULT_NAMESPACE).id == own.id
+
+    def check_a_copy_never_takes_the_place_of_another(self) -> None:
+        with self._opened() as peer:
+            own = committed(peer, b"own")
+            session = _session(peer)
+            manifest, _ = encode_manifest(_foreign(stored_disk(session, b"copied", time_ms=own.manifest.time_ms)))
+            assert _raises(SnapshotConflict, lambda: session.adopt(manifest))
+            assert peer.snapshots() == [own]
+            session.abort()
+
+    def check_a_copy_without_its_data_is_refused(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            draft = _foreign(_manifest([("a", 4096, chunk(b"never sent").id)]))
+            assert _raises(ClosureViolation, lambda: session.adopt(encode_manifest(draft)[0]))
+            config = ConfigRecord("qemu.conf", 3, encode_blob(BlobKind.CONFIG, b"abc", _LEVEL).id)
+            draft = _foreign(_manifest([], configs=(config,)))
+            assert _raises(ClosureViolation, lambda: session.adopt(encode_manifest(draft)[0]))
+            assert peer.snapshots() == []
+            session.abort()
+
+    def check_a_copy_whose_root_does_not_fit_is_refused(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            record = chunk(b"k" * 4096)
+            node = full_leaf(record)
+            session.send([record, node])
+            for root in (record.id, node.id):
+                draft = _foreign(_manifest([("a", 5 * SEGMENT_BYTES, root)]))
+                assert _raises(NodeInvalid, partial(session.adopt, encode_manifest(draft)[0]))
+            assert peer.snapshots() == []
+            session.abort()
+
+    def check_a_damaged_manifest_is_no_copy(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            manifest, _ = encode_manifest(_foreign(stored_disk(session, b"copied")))
+            for broken in (manifest[:-1], manifest[:40] + b"?" + manifest[41:], b""):
+                assert _raises(ManifestDamaged, partial(session.adopt, broken))
+            assert peer.snapshots() == []
+            session.abort()
+
     # --- sessions
 
     def check_ended_sessions_have_ended(self) -> None:
@@ -390,6 +486,11 @@ def committed(
     """A snapshot of a disk of one chunk."""
     session = peer.open_session(namespace, vm)
     return session.commit(stored_disk(session, content, vm=vm, namespace=namespace, time_ms=time_ms))
+
+
+def _foreign(draft: Manifest) -> Manifest:
+    """The draft as another repository committed it."""
+    return replace(draft, sequence=7, parent=SnapshotId("ab" * 32))
 
 
 def _manifest(disks: Sequence[tuple[str, int, BlobId]], **fields: object) -> Manifest:

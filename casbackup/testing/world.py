@@ -230,7 +230,7 @@ def inline() -> Iterator[None]:
             pack.appender.sync()
 
     with ExitStack() as stack:
-        for module in ("jobs.backup", "jobs.restore", "repository.scrub"):
+        for module in ("jobs.backup", "jobs.copying", "jobs.restore", "repository.scrub"):
             stack.enter_context(mock.patch(f"casbackup.{module}.run_workers", run_workers))
         stack.enter_context(mock.patch.object(StoreWriter, "_hand_over", hand_over))
         source = random.Random(0)

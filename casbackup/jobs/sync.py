@@ -1,0 +1,261 @@
+"""The sync job: copy snapshots from one repository to another, moving only what is missing.
+
+A copy has the same manifest, byte for byte, and so the same id, which covers the roots of all disks: two sites have the
+same if their ids are the same. The session at the destination keeps what it asked about from a gc; a reading keeps a
+snapshot at the source until it is copied.
+
+An interrupted sync leaves whole snapshots only. What was acknowledged is held by the parked session for a day, and not
+sent again: the next sync finds it when it asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from casbackup.errors import (
+    CasbackupError,
+    ClosureViolation,
+    DataDamage,
+    ManifestDamaged,
+    SnapshotConflict,
+    SnapshotNotFound,
+    UsageError,
+)
+from casbackup.ids import ZERO_ID, BlobId, SnapshotId
+from casbackup.jobs.copying import CHUNK, Copier, Destination, Tally, Wanted
+from casbackup.jobs.ratelimit import NO_LIMIT, RateLimit
+from casbackup.jobs.sync_plan import SnapshotFilter, SyncPlan, plan_sync
+from casbackup.jobs.sync_report import Outcome, SnapshotResult, SyncReport, proof_of
+from casbackup.peer.api import Peer, PeerSession
+from casbackup.progress import NoProgress, Progress
+from casbackup.repository.catalog import Snapshot
+from casbackup.spec.manifest import Sidecar
+from casbackup.spec.record import Record
+from casbackup.store.writer import NOTHING_STORED, StoredBytes
+from casbackup.tree.builder import level_of
+
+_ATTEMPTS = 3
+"""A server that was restarted may have collected what it vouched for before: then all is asked anew."""
+_REMEMBERED = 2**20
+"""Blobs that a dry run remembers to have counted, 110 MB; beyond them, some may be counted twice."""
+
+_Adopt = Callable[[bytes, Sidecar], Snapshot]
+_EVERYTHING = SnapshotFilter()
+
+
+@dataclass(frozen=True, slots=True)
+class SyncRequest:
+    """What to copy. ``mirror``: also remove what the source no longer has, and take pins away that it has not."""
+
+    chosen: SnapshotFilter = _EVERYTHING
+    mirror: bool = False
+    dry_run: bool = False
+
+
+def sync(
+    source: Peer,
+    destination: Peer,
+    request: SyncRequest,
+    *,
+    limit: RateLimit = NO_LIMIT,
+    progress: Progress | None = None,
+) -> SyncReport:
+    """Copy what is meant and missing. A snapshot that cannot be copied is reported; the others are copied.
+
+    :raise UsageError: when a mirroring would remove everything, or too much because the source cannot be read.
+    :raise CasbackupError: when an end fails altogether. What was copied until then is there.
+    """
+    where = request.chosen.only_vm
+    found, unreadable = source.survey(*where)
+    there, _ = destination.survey(*where)
+    if request.mirror and unreadable:
+        raise UsageError(f"{len(unreadable)} manifests of the source cannot be read: it is not known what it still has")
+    plan = plan_sync(found, there, request.chosen, mirror=request.mirror)
+    run = _Sync(source, destination, plan, limit, progress or NoProgress())
+    if request.dry_run:
+        run.estimate()
+        return run.report(unreadable, None)
+    run.copy()
+    changed = run.change()
+    after = destination.survey(*where)[0] if changed else there
+    return run.report(unreadable, after)
+
+
+class _Sync:
+    """One run of a plan."""
+
+    def __init__(self, source: Peer, destination: Peer, plan: SyncPlan, limit: RateLimit, progress: Progress) -> None:
+        self._source = source
+        self._destination = destination
+        self._plan = plan
+        self._limit = limit
+        self._progress = progress
+        self._results: dict[SnapshotId, SnapshotResult] = {}
+        for snapshot, other in plan.blocked:
+            error = SnapshotConflict(f"the destination has another {snapshot.reference}, with the id {other.id[:16]}")
+            self._note(SnapshotResult(snapshot, Outcome.FAILED, error=error))
+
+    def copy(self) -> None:
+        """Copy what the plan says."""
+        self._progress.start("copying", self._plan.size_bytes)
+        for attempt in range(1, _ATTEMPTS + 1):
+            waiting = [snapshot for snapshot in self._plan.copy if snapshot.id not in self._results]
+            if not waiting:
+                break
+            try:
+                with _session_for(self._destination, waiting[0]) as session:
+                    self._run(waiting, session, session.adopt)
+                    session.finish()
+            except ClosureViolation:
+                if attempt == _ATTEMPTS:
+                    raise
+        self._progress.finish()
+
+    def estimate(self) -> None:
+        """Find out what copying would send. Leaves nothing behind."""
+        if not self._plan.copy:
+            return
+        self._progress.start("looking", self._plan.size_bytes)
+        first = self._plan.copy[0].manifest
+        session = self._destination.open_session(first.namespace, first.vm)
+        try:
+            self._run(self._plan.copy, _Counting(session), None)
+        finally:
+            session.abort()
+        self._progress.finish()
+
+    def change(self) -> bool:
+        """Do what is not copying. Was anything changed at the destination, by this or by ``copy``?"""
+        for change in self._plan.changes:
+            self._destination.annotate(change.snapshot, pinned=change.pinned, labels=change.labels, notes=change.notes)
+        removed = self._removed
+        if removed:
+            self._destination.remove(removed)
+        return bool(self._plan.copy or self._plan.changes or removed)
+
+    def report(self, unreadable: Sequence[ManifestDamaged], after: Sequence[Snapshot] | None) -> SyncReport:
+        """``after``: what the destination has now; None after a dry run."""
+        selected = self._plan.selected
+        return SyncReport(
+            results=tuple(self._results.get(s.id, SnapshotResult(s, Outcome.PRESENT)) for s in selected),
+            changed=tuple(change.snapshot for change in self._plan.changes),
+            removed=self._removed,
+            spared=self._plan.spared,
+            unreadable=tuple(unreadable),
+            proof=None if after is None else proof_of(selected, after),
+        )
+
+    @property
+    def _removed(self) -> tuple[Snapshot, ...]:
+        has_failed = any(result.outcome is Outcome.FAILED for result in self._results.values())
+        return () if has_failed else self._plan.remove
+
+    def _run(self, snapshots: Sequence[Snapshot], session: Destination, adopt: _Adopt | None) -> None:
+        roots = dict.fromkeys(wanted.id for snapshot in snapshots for wanted in _wanted(snapshot))
+        missing = session.missing([root for root in roots if root != ZERO_ID])
+        goals = [_SnapshotGoal(self._source, snapshot, adopt, self._note) for snapshot in snapshots]
+        for goal in goals:
+            self._progress.advance(done=goal.leave_out(missing))
+        copier = Copier(self._source, session, limit=self._limit, progress=self._progress, only_count=adopt is None)
+        try:
+            copier.run(goals)
+        finally:
+            for goal in goals:
+                goal.release()
+
+    def _note(self, result: SnapshotResult) -> None:
+        self._results[result.snapshot.id] = result
+
+
+class _SnapshotGoal:
+    """A snapshot on its way. ``adopt`` None: it is only looked at."""
+
+    def __init__(
+        self, source: Peer, snapshot: Snapshot, adopt: _Adopt | None, note: Callable[[SnapshotResult], None]
+    ) -> None:
+        self.wanted: Sequence[Wanted] = _wanted(snapshot)
+        self._source = source
+        self._snapshot = snapshot
+        self._adopt = adopt
+        self._note = note
+        self._reading = contextlib.ExitStack()
+        self._forgotten: SnapshotNotFound | None = None
+
+    def leave_out(self, missing: set[BlobId]) -> int:
+        """Want only what is missing; gives the bytes of disks that are not."""
+        before = self.wanted
+        self.wanted = [wanted for wanted in before if wanted.id in missing]
+        return sum(wanted.span_bytes for wanted in before if wanted.id not in missing)
+
+    def begin(self) -> None:
+        try:
+            if self.wanted:
+                self._reading.enter_context(self._source.reading(self._snapshot))
+        except SnapshotNotFound as error:
+            self._forgotten, self.wanted = error, ()
+
+    def end(self, tally: Tally, losses: Sequence[DataDamage]) -> None:
+        self.release()
+        error: CasbackupError | None = self._forgotten or _as_one(losses)
+        outcome = Outcome.PLANNED
+        if error is None and self._adopt is not None:
+            error, outcome = self._adopted(self._adopt), Outcome.COPIED
+        self._note(SnapshotResult(self._snapshot, outcome if error is None else Outcome.FAILED, tally, error))
+
+    def release(self) -> None:
+        """Let go of the source's snapshot. Twice is harmless."""
+        self._reading.close()
+
+    def _adopted(self, adopt: _Adopt) -> CasbackupError | None:
+        """Make the copy visible; why that cannot be, if it is the snapshot's fault."""
+        try:
+            adopt(self._source.manifest(self._snapshot), self._snapshot.sidecar)
+        except (SnapshotConflict, SnapshotNotFound, ManifestDamaged, DataDamage) as error:
+            return error
+        return None
+
+
+class _Counting:
+    """Stands for a session in a dry run: keeps nothing, and says of nothing twice that it is missing."""
+
+    def __init__(self, session: PeerSession) -> None:
+        self._session = session
+        self._counted: set[BlobId] = set()
+
+    def missing(self, ids: Sequence[BlobId]) -> set[BlobId]:
+        found = self._session.missing([blob_id for blob_id in ids if blob_id not in self._counted])
+        if len(self._counted) < _REMEMBERED:
+            self._counted |= found
+        return found
+
+    def send_soon(self, records: Sequence[Record], then: Callable[[StoredBytes], None]) -> None:
+        then(NOTHING_STORED)
+
+
+@contextlib.contextmanager
+def _session_for(destination: Peer, snapshot: Snapshot) -> Iterator[PeerSession]:
+    """A session named after the first snapshot to be copied. After an error, what it stored is held for a day."""
+    session = destination.open_session(snapshot.manifest.namespace, snapshot.manifest.vm)
+    try:
+        yield session
+    except BaseException:
+        with contextlib.suppress(CasbackupError):
+            session.flush()
+        session.park()
+        raise
+
+
+def _wanted(snapshot: Snapshot) -> list[Wanted]:
+    manifest = snapshot.manifest
+    disks = [Wanted(disk.root, level_of(disk.size_bytes), span_bytes=disk.size_bytes) for disk in manifest.disks]
+    return disks + [Wanted(config.id, CHUNK, size_bytes=config.size_bytes) for config in manifest.configs]
+
+
+def _as_one(losses: Sequence[DataDamage]) -> DataDamage | None:
+    """The damage that keeps a snapshot from being copied."""
+    if not losses:
+        return None
+    more = f"; and {len(losses) - 1} more like this" if len(losses) > 1 else ""
+    return type(losses[0])(f"{losses[0]}{more}")
