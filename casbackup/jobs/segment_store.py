@@ -1,7 +1,8 @@
 """Storing the segments, tree nodes and configs of one session, and counting what that took.
 
 A segment's leaf is asked for first; if the other side has it, it has all its chunks (the closure invariant), and the
-segment is done with one look-up. Otherwise the chunks that are missing are compressed and sent, then the leaf.
+segment is done with one look-up. Otherwise the chunks that are missing are compressed and sent, then the leaf. Nobody
+waits for what is sent, so what was new among it is counted when that is known.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from casbackup.progress import Progress
 from casbackup.spec.config import RepositoryConfig
 from casbackup.spec.manifest import BackupStats, ConfigRecord
 from casbackup.spec.node import Extent, zero_extent
-from casbackup.spec.record import BlobKind, Record
+from casbackup.spec.record import BlobKind
 from casbackup.store.writer import StoredBytes
 from casbackup.tree.builder import leaf_bytes
 
@@ -36,7 +37,7 @@ class SegmentStore:
         self._level = config.compression_level
         self._chunker = BlockSampleChunker(config.chunker)
         self._lock = threading.Lock()
-        self._read_bytes = self._zero_bytes = self._reused_bytes = 0
+        self._read_bytes = self._zero_bytes = 0
         self._new_bytes = self._new_stored_bytes = self._new_chunks = 0
         self.done_bytes = 0
 
@@ -50,24 +51,22 @@ class SegmentStore:
             return ZERO_ID
         leaf = blob_id(BlobKind.NODE, node)
         zero_bytes = sum(s.length for s in spans if s.is_zero)
-        if not self._session.missing([leaf]):
-            self._count(filled, zero_bytes)
-            return leaf
-        chunks = self._missing_chunks(view, spans, extents)
-        stored = self._session.send(chunks)
-        node_stored = self._session.send([encode_record(BlobKind.NODE, leaf, node, self._level)])
-        self._count(
-            filled, zero_bytes, stored.plain_bytes, stored.stored_bytes + node_stored.stored_bytes, stored.blobs
-        )
+        self._count(filled, zero_bytes)
+        places = _places(spans, extents)
+        missing = self._session.missing_leaf(leaf, list(places))
+        self._send_chunks(view, places, missing, filled.length - zero_bytes)
+        if leaf in missing:
+            self._send_node(leaf, node)
         return leaf
 
     def part(self, buffer: ByteBuffer, view: memoryview, filled: Filled) -> list[Extent]:
         """Store the chunks of a part of a segment, cut on its own; ``leaf`` comes when all parts are stored."""
         spans = self._chunker.spans(buffer, filled.length)
         extents = _extents(view, spans)
-        stored = self._session.send(self._missing_chunks(view, spans, extents))
         zero_bytes = sum(s.length for s in spans if s.is_zero)
-        self._count(filled, zero_bytes, stored.plain_bytes, stored.stored_bytes, stored.blobs)
+        self._count(filled, zero_bytes)
+        places = _places(spans, extents)
+        self._send_chunks(view, places, self._session.missing(list(places)), filled.length - zero_bytes)
         return extents
 
     def leaf(self, extents: Sequence[Extent]) -> BlobId:
@@ -81,13 +80,13 @@ class SegmentStore:
         missing = self._session.missing(list(dict.fromkeys(ids)))
         for identity, node in zip(ids, nodes, strict=True):
             if identity in missing:
-                self._count_stored(self._session.send([encode_record(BlobKind.NODE, identity, node, self._level)]))
+                self._send_node(identity, node)
         return ids
 
     def config(self, name: str, content: bytes) -> ConfigRecord:
         record = encode_blob(BlobKind.CONFIG, content, self._level)
         if self._session.missing([record.id]):
-            self._count_stored(self._session.send([record]))
+            self._session.send_soon([record], self._count_stored)
         return ConfigRecord(name, len(content), record.id)
 
     def known_zeros(self, length: int) -> None:
@@ -97,40 +96,60 @@ class SegmentStore:
             self._zero_bytes += length
         self._progress.advance(done=length, zero=length)
 
+    def known_reused(self, length: int) -> None:
+        """Count bytes that an earlier snapshot has, without anybody having read them."""
+        with self._lock:
+            self.done_bytes += length
+
     def stats(self, duration_ms: int) -> BackupStats:
+        """Once all is sent; waits until it is known what of it was new."""
+        self._session.settle()
         return BackupStats(
             read_bytes=self._read_bytes,
             zero_bytes=self._zero_bytes,
-            reused_bytes=self._reused_bytes,
+            reused_bytes=self.done_bytes - self._zero_bytes - self._new_bytes,
             new_bytes=self._new_bytes,
             new_stored_bytes=self._new_stored_bytes,
             new_chunks=self._new_chunks,
             duration_ms=duration_ms,
         )
 
-    def _missing_chunks(self, view: memoryview, spans: Sequence[Span], extents: Sequence[Extent]) -> list[Record]:
-        places = {e.id: s for s, e in zip(spans, extents, strict=True) if not s.is_zero}
-        missing = self._session.missing(list(places))
-        blobs = [(chunk, view[s.offset : s.offset + s.length]) for chunk, s in places.items() if chunk in missing]
-        return encode_records(BlobKind.CHUNK, blobs, self._level)
+    def _send_chunks(self, view: memoryview, places: dict[BlobId, Span], missing: set[BlobId], content: int) -> None:
+        """Send those that are missing of chunks that have ``content`` bytes together."""
+        wanted = {chunk: span for chunk, span in places.items() if chunk in missing}
+        if not wanted:
+            self._progress.advance(reused=content)
+            return
+        blobs = [(chunk, view[s.offset : s.offset + s.length]) for chunk, s in wanted.items()]
+        records = encode_records(BlobKind.CHUNK, blobs, self._level)
+        self._session.send_soon(records, lambda stored: self._count_new(stored, content))
+
+    def _send_node(self, node: BlobId, plain: bytes) -> None:
+        self._session.send_soon([encode_record(BlobKind.NODE, node, plain, self._level)], self._count_stored)
+
+    def _count(self, filled: Filled, zero_bytes: int) -> None:
+        with self._lock:
+            self.done_bytes += filled.length
+            self._read_bytes += filled.read_bytes
+            self._zero_bytes += zero_bytes
+        self._progress.advance(done=filled.length, zero=zero_bytes)
+
+    def _count_new(self, chunks: StoredBytes, content: int) -> None:
+        """Of chunks with so many bytes of content, these were new."""
+        self._count_stored(chunks)
+        with self._lock:
+            self._new_bytes += chunks.plain_bytes
+            self._new_chunks += chunks.blobs
+        self._progress.advance(reused=content - chunks.plain_bytes, new=chunks.plain_bytes)
 
     def _count_stored(self, stored: StoredBytes) -> None:
         with self._lock:
             self._new_stored_bytes += stored.stored_bytes
 
-    def _count(
-        self, filled: Filled, zero_bytes: int, new_bytes: int = 0, stored_bytes: int = 0, new_chunks: int = 0
-    ) -> None:
-        reused = filled.length - zero_bytes - new_bytes
-        with self._lock:
-            self.done_bytes += filled.length
-            self._read_bytes += filled.read_bytes
-            self._zero_bytes += zero_bytes
-            self._reused_bytes += reused
-            self._new_bytes += new_bytes
-            self._new_stored_bytes += stored_bytes
-            self._new_chunks += new_chunks
-        self._progress.advance(done=filled.length, zero=zero_bytes, reused=reused, new=new_bytes)
+
+def _places(spans: Sequence[Span], extents: Sequence[Extent]) -> dict[BlobId, Span]:
+    """Where each distinct chunk lies."""
+    return {e.id: s for s, e in zip(spans, extents, strict=True) if not s.is_zero}
 
 
 def _extents(view: memoryview, spans: Sequence[Span]) -> list[Extent]:

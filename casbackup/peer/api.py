@@ -22,9 +22,9 @@ from casbackup.store.writer import StoredBytes
 class PeerSession(Protocol):
     """One backup in progress; safe from several threads but for its end.
 
-    Order of use: ``missing`` and ``send`` in any number, then one of ``commit``, ``finish``, ``abort`` or ``park``. Children
-    are sent before the nodes that name them. What ``missing`` did not return, and what was sent, stays stored
-    until the session ends.
+    Order of use: ``missing`` and ``send`` in any number, then one of ``commit``, ``finish``, ``abort`` or ``park``.
+    Children are sent before the nodes that name them. What ``missing`` did not return, and what was sent, stays
+    stored until the session ends.
     """
 
     @property
@@ -45,10 +45,13 @@ class PeerSession(Protocol):
 
     def send_soon(self, records: Sequence[Record], then: Callable[[StoredBytes], None]) -> None:
         """Like ``send``, but need not wait for it. ``then`` gets what was stored, from any thread, before the next
-        ``flush`` or ``commit`` returns. The records' memory must not change any more.
+        ``settle``, ``flush`` or ``commit`` returns. The records' memory must not change any more.
 
         An error is raised here, or by any later call; at the latest by ``flush`` or ``commit``.
         """
+
+    def settle(self) -> None:
+        """Wait until every ``then`` has been called; that says nothing about durability."""
 
     def flush(self) -> None:
         """What was sent is durable: a resumed session is not asked for it again."""

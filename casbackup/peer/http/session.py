@@ -71,6 +71,9 @@ class HttpSession:
     def send_soon(self, records: Sequence[Record], then: Then) -> None:
         self._uploads.add(records, then)
 
+    def settle(self) -> None:
+        self._uploads.drain()
+
     def flush(self) -> None:
         self._uploads.drain()
 
