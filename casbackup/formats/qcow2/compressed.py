@@ -70,7 +70,7 @@ class CompressedOutput:
         l1 = zeros("Q", l1_entries(self._disk.size_bytes))
         for index in sorted(self._tables):
             l1[index] = self._space.put_clusters(to_bytes(self._tables.pop(index))) | COPIED
-        self._write_rest(padded_table(l1, CLUSTER_BYTES) or bytes(CLUSTER_BYTES))
+        self._write_rest(padded_table(l1, CLUSTER_BYTES))
 
     def _write_rest(self, l1: bytes) -> None:
         l1_offset = self._space.put_clusters(l1)

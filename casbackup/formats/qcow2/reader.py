@@ -47,7 +47,8 @@ from casbackup.units import MiB
 _CLUSTER_BITS = range(9, 22)
 _MAX_L1_BYTES = 32 * MiB
 """QEMU's own limit."""
-_READABLE = Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.COMPRESSION
+_READABLE = int(Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.COMPRESSION)
+"""A plain number, whose complement has the unknown bits too."""
 
 
 class Qcow2Reader:
@@ -164,14 +165,24 @@ class _Tables:
     def _l2_clusters(self, table_offset: int, first: int, count: int) -> Iterator[_Cluster]:
         self._claim(table_offset, self._cluster_bytes, self._cluster_bytes, "an L2 table")
         table = from_bytes(read_at(self._source, table_offset, count * ENTRY_BYTES, "an L2 table"))
+        unallocated = 0
         for number, entry in enumerate(table, first):
-            offset = number * self._cluster_bytes
-            if entry & COMPRESSED:
-                yield _Cluster(offset, 1, packed=self._packed(entry))
-            elif (entry & ZERO and not entry & self._reserved) or not entry:
-                yield _Cluster(offset, 1)
-            else:
-                yield _Cluster(offset, 1, host=self._host(entry, offset))
+            if not entry:
+                unallocated += 1
+                continue
+            if unallocated:
+                yield _Cluster((number - unallocated) * self._cluster_bytes, unallocated)
+                unallocated = 0
+            yield self._cluster(number * self._cluster_bytes, entry)
+        if unallocated:
+            yield _Cluster((first + count - unallocated) * self._cluster_bytes, unallocated)
+
+    def _cluster(self, offset: int, entry: int) -> _Cluster:
+        if entry & COMPRESSED:
+            return _Cluster(offset, 1, packed=self._packed(entry))
+        if entry & ZERO and not entry & self._reserved:
+            return _Cluster(offset, 1)
+        return _Cluster(offset, 1, host=self._host(entry, offset))
 
     def _host(self, entry: int, offset: int) -> int:
         host = entry & OFFSET_MASK

@@ -51,12 +51,13 @@ class Tables(NamedTuple):
 
 
 def l1_entries(size_bytes: int) -> int:
-    return clusters_for(size_bytes, CLUSTER_BYTES * L2_ENTRIES)
+    """At least one, so that the L1 table has a cluster that is no leak."""
+    return max(1, clusters_for(size_bytes, CLUSTER_BYTES * L2_ENTRIES))
 
 
 def planned_tables(size_bytes: int, other_clusters: int) -> Tables:
     """``other_clusters``: L2 tables and data. The refcounts count their own clusters too."""
-    l1 = max(1, clusters_for(l1_entries(size_bytes) * ENTRY_BYTES, CLUSTER_BYTES))
+    l1 = clusters_for(l1_entries(size_bytes) * ENTRY_BYTES, CLUSTER_BYTES)
     tables = Tables(1, 1, l1)
     while True:
         blocks = clusters_for(tables.clusters + other_clusters, REFCOUNTS_IN_BLOCK)
@@ -124,7 +125,7 @@ class StreamedOutput:
         l1 = zeros("Q", l1_entries(size_bytes))
         for number, index in enumerate(used):
             l1[index] = (l2_at + number) * CLUSTER_BYTES | COPIED
-        self._target.write([padded_table(l1, CLUSTER_BYTES).ljust(CLUSTER_BYTES, b"\0")])
+        self._target.write([padded_table(l1, CLUSTER_BYTES)])
         for table in _l2_tables(ranges, (l2_at + len(used)) * CLUSTER_BYTES):
             self._target.write([to_bytes(table)])
 
