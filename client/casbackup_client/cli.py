@@ -46,6 +46,7 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "label": Entry("annotate:label", "Change a snapshot's labels and notes."),
     },
     "Exchange": {
+        "sync": Entry("sync:sync", "Copy snapshots to another repository."),
         "export": Entry("export:export", "Export a snapshot as VMA, tar, qcow2, VMDK or raw."),
         "import": Entry("import_:import_", "Import an archive as a snapshot."),
         "archive": Entry("archive:archive", "List, verify, extract, rescue, convert archives."),

@@ -522,6 +522,52 @@ class RepairDocument(TypedDict):
     notes: list[str]
 
 
+class SyncErrorDocument(TypedDict):
+    """Why a snapshot could not be copied; the codes are those of `errors.md`."""
+
+    code: str
+    message: str
+
+
+class SyncedSnapshotDocument(TypedDict):
+    """What became of a snapshot."""
+
+    snapshot: str
+    id: str
+    """The same at both ends."""
+    outcome: str
+    """``copied``, ``present`` (it was there), ``planned`` (by a dry run) or ``failed``."""
+    sent_blobs: int
+    sent_bytes: int
+    """As stored; what several snapshots need counts for one of them."""
+    error: SyncErrorDocument | None
+
+
+class SyncDocument(TypedDict):
+    """Printed by ``sync``."""
+
+    dry_run: bool
+    snapshots: list[SyncedSnapshotDocument]
+    """All that were meant."""
+    changed: list[str]
+    """Whose pin, labels or notes at the destination were brought up to date."""
+    removed: list[str]
+    """With ``--mirror``: from the destination."""
+    spared: list[str]
+    """With ``--mirror``: not removed, because they are pinned there."""
+    unreadable: list[str]
+    """Damaged manifests of the source."""
+    sent_blobs: int
+    sent_bytes: int
+    """Of a dry run: tree nodes, and chunks before compression; what is sent will be less."""
+    source_digest: str | None
+    """BLAKE3 over the ids and root hashes of the snapshots meant, as the source has them; null after a dry run."""
+    destination_digest: str | None
+    equal: bool | None
+    """The digests are the same: the destination has all that was meant, and it is the same."""
+    duration_ms: int
+
+
 class RebuildDocument(TypedDict):
     """Printed by ``repair --rebuild-index``."""
 

@@ -1,0 +1,76 @@
+"""The two ends of a command that works on two repositories: each a folder, an address, or a profile."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from casbackup.errors import UsageError
+from casbackup_client.app import App, is_address
+from casbackup_client.config_file import Profile
+
+if TYPE_CHECKING:
+    from casbackup.peer.api import Peer
+
+_PROFILE = "profile:"
+_OF_TOKENS = "CASBACKUP_TOKEN"
+
+
+class End(NamedTuple):
+    """``place``: a real path, or an address in full. ``profile``: if it was named by one."""
+
+    place: str
+    profile: Profile | None
+
+
+def find_ends(app: App, source: str, destination: str) -> tuple[End, End]:
+    """:raise UsageError: when both are the same repository. :raise ConfigInvalid: when there is no such profile."""
+    ends = _found(app, source), _found(app, destination)
+    if ends[0].place == ends[1].place:
+        raise UsageError(f"both ends are the same repository, {ends[0].place}")
+    return ends
+
+
+@contextlib.contextmanager
+def opened(app: App, end: End) -> Iterator[Peer]:
+    """The repository there."""
+    if not is_address(end.place):
+        from casbackup.peer.local import LocalPeer
+        from casbackup.repository.repository import Repository
+
+        with Repository.open(end.place) as repository:
+            yield LocalPeer(repository)
+        return
+    from casbackup.peer.http.address import parse_address
+    from casbackup.peer.http.peer import HttpPeer
+    from casbackup_client.credentials import find_credentials
+
+    credentials = find_credentials(end.profile, _environment(app, end.profile), app.cacert_option)
+    with HttpPeer(parse_address(end.place), credentials) as peer:
+        yield peer
+
+
+def _found(app: App, text: str) -> End:
+    profile: Profile | None = None
+    if text.startswith(_PROFILE):
+        from casbackup_client.config_file import find_profile
+
+        name = text.removeprefix(_PROFILE)
+        profile = find_profile(name, app.environment)
+        if profile is None or not profile.repository:
+            raise UsageError(f"profile {name!r} names no repository")
+        text = profile.repository
+    if not is_address(text):
+        return End(os.path.realpath(text), profile)
+    from casbackup.peer.http.address import parse_address
+
+    return End(str(parse_address(text)), profile)
+
+
+def _environment(app: App, profile: Profile | None) -> Mapping[str, str]:
+    """A profile's own token counts before the one in the environment, which may be the other end's."""
+    if profile is None or not (profile.token or profile.token_file or profile.token_command):
+        return app.environment
+    return {name: value for name, value in app.environment.items() if not name.startswith(_OF_TOKENS)}
