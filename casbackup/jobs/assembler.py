@@ -58,7 +58,10 @@ class SegmentSink(Protocol):
         """``length`` bytes of a segment from ``start``, because memory is short. Returns what to remember."""
 
     def join(self, disk: int, number: int, length: int, parts: Sequence[Part]) -> None:
-        """A segment of ``length`` is complete that came in ``parts``, ascending; what is between them is zero."""
+        """A segment of ``length`` that came in ``parts``, ascending, has all that will come of it.
+
+        What is between them was given as zeros, or after ``finish`` with ``partial`` perhaps not at all.
+        """
 
     def zeros(self, disk: int, offset: int, length: int) -> None:
         """Whole segments that are zero. Called by the producer."""
@@ -164,15 +167,18 @@ class Assembler:
                     self._zeros_within(disk, number, stop - offset)
                     offset = stop
 
-    def finish(self) -> None:
-        """Everything was given: wait until the sink has it."""
+    def finish(self, *, partial: bool = False) -> None:
+        """Everything was given: wait until the sink has it. ``partial``: segments may lack some of their bytes."""
         with self._condition:
-            assert not self._packed and all(s.arrived == self._length(*key) for key, s in self._open.items()), (
-                "segments are incomplete"
-            )
+            if partial:
+                self._hand_on_all()
+            assert partial or not self._incomplete(), "segments are incomplete"
             self._ending = True
             self._condition.notify_all()
         self._crew.join()
+        for (disk, number), packed in self._packed.items():
+            self._sink.join(disk, number, self._length(disk, number), sorted(_unpacked(packed).parts))
+        self._packed.clear()
 
     def __enter__(self) -> Self:
         self._crew.__enter__()
@@ -257,6 +263,14 @@ class Assembler:
                     break
         if self._workers:
             self._condition.wait(_POLL_S)
+
+    def _hand_on_all(self) -> None:
+        for key, segment in list(self._open.items()):
+            if segment.pages:
+                self._hand_on_part(key, segment)
+
+    def _incomplete(self) -> bool:
+        return bool(self._packed) or any(s.arrived < self._length(*key) for key, s in self._open.items())
 
     def _enqueue(self, job: _Job) -> None:
         self._under_way += 1

@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from struct import Struct
 
 from casbackup.clock import Clock, SystemClock
 from casbackup.errors import ArchiveDamaged, ArchiveUnsupported
 from casbackup.formats.coverage import ArchiveCoverage
 from casbackup.formats.names import config_names, disk_names
 from casbackup.formats.port import Archive, ArchiveHead, Data, Event
-from casbackup.ids import BlobId, Namespace, SessionId, VmName
-from casbackup.jobs.assembler import Assembler, Part
+from casbackup.ids import Namespace, SessionId, VmName
+from casbackup.jobs.assembler import Assembler
 from casbackup.jobs.backup import check_annotations, parked_on_error
 from casbackup.jobs.segment_store import SegmentStore
-from casbackup.jobs.segments import Filled
+from casbackup.jobs.tree_sink import TreeSink
 from casbackup.limits import (
     MAX_ARCHIVE_NAMES_BYTES,
     MAX_CONFIG_BYTES,
@@ -41,10 +40,8 @@ from casbackup.spec.manifest import (
     Manifest,
     MissingRange,
 )
-from casbackup.spec.node import MAX_EXTENTS, Extent, zero_extent
 from casbackup.tree.builder import TreeBuilder
 
-_EXTENT = Struct("<II32s")
 _LAST_S = 253_402_300_799
 """The end of the year 9999: later times have no name."""
 
@@ -187,7 +184,7 @@ class _Import:
         """Store the content of all disks; returns what was missing."""
         self._progress.start(self._request.source or self._request.vm, sum(self._sizes))
         coverage = ArchiveCoverage(self._head)
-        sink = _Sink(self._store, self._builders)
+        sink = TreeSink(self._store, self._builders)
         with Assembler(self._sizes, sink) as assembler:
             for event in self._readable(coverage.passing(self._archive.events())):
                 if isinstance(event, Data):
@@ -224,38 +221,6 @@ class _Import:
             configs=tuple(config.name for config in head.configs),
             missing=tuple(coarsened(missing, MAX_RECORDED_GAPS)),
         )
-
-
-class _Sink:
-    """Stores what the assembler gives, and tells the tree builders."""
-
-    def __init__(self, store: SegmentStore, builders: Sequence[TreeBuilder]) -> None:
-        self._store = store
-        self._builders = builders
-
-    def segment(self, disk: int, number: int, buffer: bytearray, view: memoryview, length: int) -> None:
-        leaf = self._store.segment(buffer, view, Filled(number, length, length))
-        self._builders[disk].set_leaf(number, leaf)
-
-    def part(self, disk: int, number: int, start: int, buffer: bytearray, view: memoryview, length: int) -> bytes:
-        extents = self._store.part(buffer, view, Filled(number, length, length))
-        return b"".join([_EXTENT.pack(*extent) for extent in extents])
-
-    def join(self, disk: int, number: int, length: int, parts: Sequence[Part]) -> None:
-        extents: list[Extent] = []
-        position = 0
-        for part in parts:
-            extents.append(zero_extent(part.start - position))
-            extents += [Extent(size, skip, BlobId(chunk)) for size, skip, chunk in _EXTENT.iter_unpack(part.memo)]
-            position = part.start + part.length
-        extents.append(zero_extent(length - position))
-        if len(extents) > MAX_EXTENTS:
-            raise ArchiveUnsupported("the archive's data comes scattered in pieces smaller than a sector")
-        self._store.known_zeros(length - sum(part.length for part in parts))
-        self._builders[disk].set_leaf(number, self._store.leaf(extents))
-
-    def zeros(self, disk: int, offset: int, length: int) -> None:
-        self._store.known_zeros(length)
 
 
 def coarsened(gaps: Sequence[MissingRange], most: int) -> list[MissingRange]:

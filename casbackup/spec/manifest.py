@@ -104,6 +104,23 @@ class ArchiveOrigin:
 
 
 @dataclass(frozen=True, slots=True)
+class LiveOrigin:
+    """How a snapshot was taken of a VM that was running.
+
+    ``frozen``: the guest's file systems were frozen at the instant; ``note``: why not. ``bitmap``: in the name of the
+    dirty bitmaps in QEMU that record what was written since; empty: there are none. ``increments``: the disks of which
+    only what a bitmap had recorded was read.
+    """
+
+    mode: str
+    qemu: str
+    frozen: bool
+    note: str = ""
+    bitmap: str = ""
+    increments: tuple[DiskName, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class BackupStats:
     """What making the snapshot took. Bytes of disk content unless named ``stored``."""
 
@@ -134,6 +151,8 @@ class Manifest:
     stats: BackupStats = field(default_factory=BackupStats)
     archive: ArchiveOrigin | None = None
     """Of a snapshot that was imported."""
+    live: LiveOrigin | None = None
+    """Of a snapshot of a running VM."""
 
     @property
     def size_bytes(self) -> int:
@@ -212,6 +231,8 @@ def _to_map(manifest: Manifest) -> dict[str, Any]:
     }
     if manifest.archive is not None:
         body["archive"] = _archive_map(manifest.archive)
+    if manifest.live is not None:
+        body["live"] = _live_map(manifest.live)
     return body
 
 
@@ -223,6 +244,17 @@ def _archive_map(archive: ArchiveOrigin) -> dict[str, Any]:
         "disks": [[d.name, d.device_id] for d in archive.disks],
         "configs": list(archive.configs),
         "missing": [[m.disk, m.offset, m.length] for m in archive.missing],
+    }
+
+
+def _live_map(live: LiveOrigin) -> dict[str, Any]:
+    return {
+        "mode": live.mode,
+        "qemu": live.qemu,
+        "frozen": live.frozen,
+        "note": live.note,
+        "bitmap": live.bitmap,
+        "increments": list(live.increments),
     }
 
 
@@ -242,6 +274,7 @@ def _from_map(body: Mapping[str, Any]) -> Manifest:
         program=_typed(body["program"], str),
         stats=BackupStats(**{name: _typed(stats.get(name, 0), int) for name in BackupStats.__slots__}),
         archive=_archive(_typed(body["archive"], dict)) if "archive" in body else None,
+        live=_live(_typed(body["live"], dict)) if "live" in body else None,
     )
     origin = manifest.archive
     if origin and (len(origin.disks) != len(manifest.disks) or len(origin.configs) != len(manifest.configs)):
@@ -257,6 +290,17 @@ def _archive(body: Mapping[str, Any]) -> ArchiveOrigin:
         disks=tuple(ArchivedDisk(_typed(name, str), _optional(device, int)) for name, device in body["disks"]),
         configs=tuple(_typed(name, str) for name in body["configs"]),
         missing=tuple(MissingRange(*(_typed(number, int) for number in item)) for item in body["missing"]),
+    )
+
+
+def _live(body: Mapping[str, Any]) -> LiveOrigin:
+    return LiveOrigin(
+        mode=_typed(body["mode"], str),
+        qemu=_typed(body["qemu"], str),
+        frozen=_typed(body["frozen"], bool),
+        note=_typed(body["note"], str),
+        bitmap=_typed(body["bitmap"], str),
+        increments=tuple(parse_disk(_typed(name, str)) for name in body["increments"]),
     )
 
 
