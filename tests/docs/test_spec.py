@@ -21,6 +21,8 @@ from casbackup import limits
 from casbackup.chunking import block_sample
 from casbackup.codec import hashing
 from casbackup.codec.records import encode_blob
+from casbackup.formats.qcow2 import layout as qcow2
+from casbackup.formats.vmdk import layout as vmdk
 from casbackup.ids import ZERO_ID, DiskName, Namespace, PackId, SessionId, VmName
 from casbackup.spec import indexdb, magic, manifest, node, outline, pack, record
 from casbackup.spec.config import ChunkerConfig, RepositoryConfig, encode_config
@@ -67,6 +69,9 @@ LAYOUTS: dict[str, list[Field]] = {
     "blob entry": fields_of(indexdb.BLOB_VALUE),
     "outline header": fields_of(outline._HEADER),
     "outline chunk": fields_of(outline._CHUNK),
+    "qcow2 header": fields_of(qcow2.HEADER),
+    "vmdk header": fields_of(vmdk.HEADER),
+    "vmdk marker": fields_of(vmdk.MARKER),
 }
 
 
