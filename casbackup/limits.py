@@ -105,3 +105,15 @@ MAX_NBD_STATUS_EXTENTS = 4096
 
 SINK_MEMORY_BYTES = 64 * MiB
 """Data of a live backup that is acknowledged and not yet consumed."""
+
+MAX_TAR_RANGES = 4 * 1024 * 1024
+"""Ranges with data of a disk in a tar archive; a reader holds them in 16 bytes each."""
+
+MAX_TAR_MEMBERS = 100_000
+"""Members of a tar archive of another program."""
+
+MAX_QCOW2_DISK_BYTES = 64 * TiB
+"""What is written as qcow2; QEMU refuses tables that a larger disk might need."""
+
+MAX_VMDK_DISK_BYTES = 2031 * GiB
+"""What is written as VMDK: its tables count sectors of the file in 32 bits, and a grain may take 129 of them."""

@@ -22,6 +22,6 @@ def check_single_disk(head: ArchiveHead, format_name: str, max_bytes: int) -> No
         )
 
 
-def whole_sectors(size_bytes: int) -> int:
-    """The size of a disk as formats tell it that count in sectors: rounded up."""
-    return -(-size_bytes // SECTOR_BYTES) * SECTOR_BYTES
+def sectors_for(size_bytes: int) -> int:
+    """How many sectors hold so many bytes."""
+    return -(-size_bytes // SECTOR_BYTES)

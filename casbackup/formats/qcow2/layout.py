@@ -34,6 +34,7 @@ from enum import IntFlag
 from struct import Struct
 from typing import NamedTuple
 
+from casbackup.formats.single import SECTOR_BYTES
 from casbackup.fs import Buffer
 
 MAGIC = b"QFI\xfb"
@@ -51,7 +52,6 @@ ZERO = 1
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 RESERVED_L1 = ~(COPIED | OFFSET_MASK) & (2**64 - 1)
 RESERVED_L2 = RESERVED_L1 & ~ZERO
-SECTOR_BYTES = 512
 
 ZLIB, ZSTD = 0, 1
 

@@ -13,10 +13,8 @@ from casbackup.formats.qcow2.compression import ZSTD_LEVELS, Compress, deflater,
 from casbackup.formats.qcow2.layout import ZLIB, ZSTD
 from casbackup.formats.qcow2.writer import CLUSTER_BYTES, StreamedOutput
 from casbackup.formats.single import check_single_disk
-from casbackup.units import TiB
+from casbackup.limits import MAX_QCOW2_DISK_BYTES
 
-_MAX_DISK_BYTES = 64 * TiB
-"""QEMU refuses tables that a larger disk might need."""
 _DEFAULT_LEVELS = {"none": 0, "zlib": FASTEST, "zstd": 3}
 
 
@@ -42,7 +40,7 @@ class Qcow2Writer:
         )
 
     def check(self, head: ArchiveHead) -> None:
-        check_single_disk(head, "qcow2", _MAX_DISK_BYTES)
+        check_single_disk(head, "qcow2", MAX_QCOW2_DISK_BYTES)
 
     def open(
         self, target: ByteTarget, head: ArchiveHead, maps: Sequence[Sequence[ByteRange]] | None = None

@@ -26,7 +26,6 @@ from casbackup.formats.qcow2.layout import (
     OFFSET_MASK,
     RESERVED_L1,
     RESERVED_L2,
-    SECTOR_BYTES,
     V2_HEADER_BYTES,
     V3_HEADER_BYTES,
     ZERO,
@@ -41,6 +40,7 @@ from casbackup.formats.qcow2.layout import (
     parse_header,
 )
 from casbackup.formats.reading import COPY_BYTES, disk_name, read_at, read_data
+from casbackup.formats.single import SECTOR_BYTES
 from casbackup.limits import MAX_DISK_BYTES
 from casbackup.units import MiB
 

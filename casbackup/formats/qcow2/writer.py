@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from casbackup.formats.mapped import MappedStream, rounded
+from casbackup.formats.mappedstream import MappedStream, rounded
 from casbackup.formats.port import ArchiveHead, ByteRange, ByteTarget
 from casbackup.formats.qcow2.layout import (
     COPIED,
@@ -27,7 +27,7 @@ from casbackup.formats.qcow2.layout import (
     to_bytes,
     zeros,
 )
-from casbackup.formats.single import whole_sectors
+from casbackup.formats.single import SECTOR_BYTES, sectors_for
 from casbackup.fs import Buffer
 from casbackup.units import KiB
 
@@ -74,7 +74,7 @@ def header_of(size_bytes: int, l1_offset: int, refcount_offset: int, refcount_cl
         backing_offset=0,
         backing_length=0,
         cluster_bits=CLUSTER_BITS,
-        size_bytes=whole_sectors(size_bytes),
+        size_bytes=sectors_for(size_bytes) * SECTOR_BYTES,
         crypt_method=0,
         l1_entries=l1_entries(size_bytes),
         l1_offset=l1_offset,

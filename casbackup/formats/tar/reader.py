@@ -19,13 +19,12 @@ from casbackup.formats.port import (
 from casbackup.formats.reading import COPY_BYTES, drain, read_exactly
 from casbackup.formats.tar.manifest import MEMBER, Manifest, parse_manifest
 from casbackup.formats.tar.members import Member, Members, events_of
-from casbackup.limits import MAX_CONFIGS, MAX_DISK_BYTES, MAX_DISKS, MAX_MANIFEST_BYTES
+from casbackup.limits import MAX_CONFIGS, MAX_DISK_BYTES, MAX_DISKS, MAX_MANIFEST_BYTES, MAX_TAR_MEMBERS
 from casbackup.units import KiB
 
 DISK_SUFFIXES = (".raw", ".img")
 CONFIG_SUFFIXES = (".conf", ".fw", ".cfg", ".ini", ".xml", ".ovf", ".json", ".yaml", ".yml", ".toml")
 _FOREIGN_CONFIG_BYTES = 256 * KiB
-_MAX_MEMBERS = 100_000
 
 FindMember = Callable[[str], Member | None]
 """The member of this name, with the source at its data; on a pipe the next one, whatever its name."""
@@ -123,8 +122,8 @@ def _scan(source: ByteSource) -> dict[str, Member]:
     count = 0
     while (member := members.next()) is not None:
         count += 1
-        if count > _MAX_MEMBERS:
-            raise ArchiveUnsupported(f"{source.name}: a tar archive of more than {_MAX_MEMBERS} members")
+        if count > MAX_TAR_MEMBERS:
+            raise ArchiveUnsupported(f"{source.name}: a tar archive of more than {MAX_TAR_MEMBERS} members")
         if member.is_file:
             found[member.name] = replace(member, ranges=None) if member.ranges is not None else member
     return found

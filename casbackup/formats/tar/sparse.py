@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from casbackup.formats.port import ByteRange
 from casbackup.formats.tar.headers import BLOCK_BYTES, InvalidHeader, parse_decimal, parse_number
-
-MAX_RANGES = 4 * 1024 * 1024
-"""Ranges with data of one member; they are held in 16 bytes each."""
+from casbackup.limits import MAX_TAR_RANGES
 
 _OLD_AT, _OLD_ENTRIES = 386, 4
 _OLD_EXTENDED_AT, _OLD_SIZE_AT = 482, 483
@@ -36,8 +34,8 @@ class SparseMap:
             raise InvalidHeader(f"a sparse map with an impossible range [{offset}, {offset + length})")
         self._end = offset + length
         if length:
-            if len(self._flat) >= 2 * MAX_RANGES:
-                raise InvalidHeader(f"a sparse map of more than {MAX_RANGES} ranges")
+            if len(self._flat) >= 2 * MAX_TAR_RANGES:
+                raise InvalidHeader(f"a sparse map of more than {MAX_TAR_RANGES} ranges")
             self._flat.extend((offset, length))
             self.data_bytes += length
 
@@ -77,7 +75,7 @@ def parse_leading_map(read_block: ReadBlock, size_bytes: int) -> SparseMap:
     """Form 1.0: in whole blocks before the data."""
     lines = _Lines(read_block)
     count = lines.next_number()
-    if count > MAX_RANGES + 1:
+    if count > MAX_TAR_RANGES + 1:
         raise InvalidHeader(f"a sparse map of {count} ranges")
     found = SparseMap(size_bytes)
     for _ in range(count):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from casbackup.errors import ArchiveLimit
-from casbackup.formats.mapped import MappedStream, rounded
+from casbackup.formats.mappedstream import MappedStream, rounded
 from casbackup.formats.port import ArchiveHead, ByteRange, ByteTarget, Order, WriterCapabilities
 from casbackup.formats.tar.headers import BLOCK_BYTES, RECORD_BYTES, encode_member, padded, padding
 from casbackup.formats.tar.manifest import MEMBER, Manifest, encode_manifest, manifest_of
-from casbackup.formats.tar.sparse import MAX_RANGES, encode_map, entry_count
+from casbackup.formats.tar.sparse import encode_map, entry_count
 from casbackup.fs import Buffer
-from casbackup.limits import MAX_CONFIG_BYTES, MAX_CONFIGS, MAX_DISK_BYTES, MAX_DISKS
+from casbackup.limits import MAX_CONFIG_BYTES, MAX_CONFIGS, MAX_DISK_BYTES, MAX_DISKS, MAX_TAR_RANGES
 
 _MAX_NAME_BYTES = 255
 """Of a file, on Linux."""
@@ -47,8 +47,10 @@ class TarWriter:
         if maps is None or len(maps) != len(head.disks):
             raise ValueError("a tar archive is written with a map of each disk")
         for disk, ranges in zip(head.disks, maps, strict=True):
-            if len(ranges) > MAX_RANGES:
-                raise ArchiveLimit(f"disk {disk.name} has {len(ranges)} ranges with data; tar takes up to {MAX_RANGES}")
+            if len(ranges) > MAX_TAR_RANGES:
+                raise ArchiveLimit(
+                    f"disk {disk.name} has {len(ranges)} ranges with data; tar takes up to {MAX_TAR_RANGES}"
+                )
         return TarOutput(target, head, maps)
 
 

@@ -6,7 +6,7 @@ import re
 import zlib
 
 from casbackup.formats.port import ArchiveHead
-from casbackup.formats.vmdk.layout import sectors_for
+from casbackup.formats.single import sectors_for
 
 _RESERVED_IDS = frozenset({0, 0xFFFF_FFFE, 0xFFFF_FFFF})
 _HEADS, _SECTORS, _MAX_CYLINDERS = 255, 63, 65535

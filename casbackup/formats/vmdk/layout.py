@@ -35,9 +35,9 @@ from enum import IntEnum, IntFlag
 from struct import Struct
 from typing import NamedTuple
 
+from casbackup.formats.single import SECTOR_BYTES
 from casbackup.fs import Buffer
 
-SECTOR_BYTES = 512
 MAGIC = b"KDMV"
 LINE_ENDS = b"\n \r\n"
 HEADER = Struct("<4sIIQQQQIQQQB4sH433x")
@@ -118,10 +118,6 @@ def parse_table(data: Buffer) -> array[int]:
     entries = array("I")
     entries.frombytes(data)
     return _swapped(entries)
-
-
-def sectors_for(size_bytes: int) -> int:
-    return -(-size_bytes // SECTOR_BYTES)
 
 
 def _swapped(entries: array[int]) -> array[int]:

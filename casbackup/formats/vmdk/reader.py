@@ -25,13 +25,13 @@ from casbackup.formats.port import (
     Zeros,
 )
 from casbackup.formats.reading import disk_name, drain, read_exactly, skip
+from casbackup.formats.single import SECTOR_BYTES, sectors_for
 from casbackup.formats.vmdk.layout import (
     DEFLATE,
     DIRECTORY_AT_END,
     ENTRY_BYTES,
     GRAIN_MARKER,
     LINE_ENDS,
-    SECTOR_BYTES,
     Flag,
     Header,
     Kind,
@@ -39,7 +39,6 @@ from casbackup.formats.vmdk.layout import (
     parse_header,
     parse_marker,
     parse_table,
-    sectors_for,
 )
 from casbackup.limits import MAX_DISK_BYTES
 from casbackup.units import MiB

@@ -13,33 +13,30 @@ from casbackup.formats.deflate import FASTEST, LEVELS, ZLIB_FORMAT, deflate
 from casbackup.formats.options import whole_number
 from casbackup.formats.parallel import BATCH, mapped
 from casbackup.formats.port import ArchiveHead, ByteRange, ByteTarget, Order, WriterCapabilities
-from casbackup.formats.single import check_single_disk
+from casbackup.formats.single import SECTOR_BYTES, check_single_disk, sectors_for
 from casbackup.formats.vmdk.descriptor import descriptor_of
 from casbackup.formats.vmdk.layout import (
     DEFLATE,
     DIRECTORY_AT_END,
     GRAIN_MARKER,
     LINE_ENDS,
-    SECTOR_BYTES,
     Flag,
     Header,
     Kind,
     encode_header,
     encode_marker,
     encode_table,
-    sectors_for,
 )
 from casbackup.formats.zeros import is_zero
 from casbackup.fs import Buffer
-from casbackup.units import GiB, KiB
+from casbackup.limits import MAX_VMDK_DISK_BYTES
+from casbackup.units import KiB
 
 GRAIN_BYTES = 64 * KiB
 _GRAIN_SECTORS = GRAIN_BYTES // SECTOR_BYTES
 _TABLE_ENTRIES = 512
 _DESCRIPTOR_SECTORS = 20
 _OVERHEAD = 128
-_MAX_DISK_BYTES = 2031 * GiB
-"""Grain tables count sectors of the file in 32 bits. A grain that cannot be compressed takes 129 sectors."""
 
 
 class VmdkWriter:
@@ -54,7 +51,7 @@ class VmdkWriter:
         self._level = whole_number("level", level, LEVELS)
 
     def check(self, head: ArchiveHead) -> None:
-        check_single_disk(head, "vmdk", _MAX_DISK_BYTES)
+        check_single_disk(head, "vmdk", MAX_VMDK_DISK_BYTES)
 
     def open(
         self, target: ByteTarget, head: ArchiveHead, maps: Sequence[Sequence[ByteRange]] | None = None
