@@ -41,6 +41,9 @@ from casbackup.units import KiB, MiB
 UUID = bytes(range(16))
 TIME_S = 1_795_380_148
 
+_MAX_READ_BYTES = 256 * MiB
+"""Disks that are read whole; damaged archives may claim any size."""
+
 
 class MemorySource:
     """A ByteSource over bytes. Without ``seekable`` it is a pipe, which gives what it has in odd pieces."""
@@ -158,6 +161,8 @@ def read_archive(reader: ArchiveReader, data: bytes, *, seekable: bool | None = 
     source = MemorySource(data, seekable=not capabilities.streams if seekable is None else seekable)
     archive = reader.open(source)
     coverage = ArchiveCoverage(archive.head)
+    if sum(disk.size_bytes for disk in archive.head.disks) > _MAX_READ_BYTES:
+        raise ArchiveUnsupported("the disks are too large to be read into memory")
     disks = [bytearray(b"\xa5" * disk.size_bytes) for disk in archive.head.disks]
     previous = (0, 0)
     for event in coverage.passing(archive.events()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -41,6 +42,7 @@ class Salvaged(NamedTuple):
         return [finding.code for finding in self.findings]
 
 
+@lru_cache(maxsize=100)
 def salvage(data: bytes) -> Salvaged:
     salvaged = VmaSalvager().open(MemorySource(data))
     disks = [bytearray(HOLE * disk.size_bytes) for disk in salvaged.head.disks]

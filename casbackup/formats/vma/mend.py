@@ -12,7 +12,7 @@ from casbackup.spec import vma
 _MAX_MD5_BITS = 8
 """So many flipped bits in the checksum itself are still no coincidence."""
 
-_MAX_MARK_BITS = 16
+_MAX_MARK_BITS = 8
 """What should be an extent's magic and uuid may differ in so many bits and still be worth trying."""
 
 _MD5_BLOCK = 64

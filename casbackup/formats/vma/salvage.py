@@ -213,11 +213,18 @@ class VmaSalvage:
                 self._note(problem[0], f"{problem[1]} (cluster {cluster_of(slot)})", offset, device_of(slot))
         is_shifted = offset in self._short and offset in self._doubtful
         data = self._window.read(offset + vma.EXTENT_BYTES, length)
+        repeated_bytes = 0
         for piece in pieces_of(extent.slots, self._places):
-            for part in self._fresh(_available(piece, len(data))):
+            there = _available(piece, len(data))
+            repeated_bytes += there.length
+            for part in self._fresh(there):
+                repeated_bytes -= part.length
                 if is_shifted and part.start is not None:
                     self._note_range("shifted-data", "bytes were lost; this may be shifted", part, offset)
                 yield event_of(part, data)
+        if repeated_bytes:
+            text = f"{repeated_bytes} bytes of disks come a second time; those that came first were taken"
+            self._findings.append(Finding(Severity.WARNING, "duplicate-cluster", text, offset))
 
     def _extent_at(self, offset: int) -> Extent:
         header = self._window.read(offset, vma.EXTENT_BYTES)
