@@ -112,6 +112,12 @@ class BlockDeviceConformance:
                 break
             read_bytes(device, 0, 64 * KiB)
 
+    def check_extents_may_be_read_as_they_come(self) -> None:
+        content = self._sparse()
+        with self._open(content) as device:
+            for extent in device.extents(0, device.size_bytes):
+                assert read_bytes(device, extent.offset, extent.length) == content[extent.offset : extent.end]
+
     # --- calls that are not allowed
 
     def check_calls_outside_are_refused(self) -> None:

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from casbackup.block.device import Extent
 from casbackup.block.filters.point_in_time import STEP_CLUSTERS, UNSAVED, PointInTime
 from casbackup.errors import CasbackupError
 from casbackup.units import GiB
+from casbackup.workers import run_workers
 
 _ZERO_STEP_BYTES = 1 * GiB
 _YIELD_S = 0.02
 """So long at the most does one step wait for guests, or a busy one would starve the backup."""
+
+
+def copy_all(points: Sequence[PointInTime], workers: int) -> None:
+    """Save all that is not saved yet, disk after disk, with several threads.
+
+    :raise BackupBroken: when one of the points in time is over, as ``Background.step``.
+    """
+    backgrounds = [Background(point) for point in points]
+
+    def work(stop: threading.Event) -> None:
+        for background in backgrounds:
+            while not stop.is_set() and background.step():
+                pass
+
+    run_workers(work, workers)
 
 
 class _Claim(NamedTuple):

@@ -22,6 +22,9 @@ SAVED = 1
 STEP_CLUSTERS = MAX_BUFFER_BYTES // CLUSTER_BYTES
 """Clusters that are read at a time, and so how many a write may have to wait for."""
 
+_LOOK_S = 0.1
+"""How soon whoever waits for the saver sees that all is over."""
+
 
 class OnFailure(Enum):
     """Who loses when old data cannot be saved."""
@@ -138,9 +141,9 @@ class PointInTime:
     def _save_run(self, run: Run, zero: bool | None, deadline: float | None, background: bool) -> None:
         """Save a run of unsaved clusters; does nothing if one of them is no longer so when it is held."""
         offset, length = self.clusters.span(run.first, run.stop)
-        room = self._saver.room(1 if zero else length, timeout_s=_left(deadline), background=background)
+        room = self._room(1 if zero else length, deadline, background)
         if room is None:
-            raise TimeoutError("the backup does not take data fast enough")
+            return
         handed_over = False
         try:
             with self.held(run.first, run.stop, timeout_s=_left(deadline)) as now:
@@ -154,6 +157,21 @@ class PointInTime:
         finally:
             if not handed_over:
                 self._saver.give_back(room)
+
+    def _room(self, length: int, deadline: float | None, background: bool) -> memoryview | None:
+        """A room of the saver's; None when all is over meanwhile.
+
+        :raise TimeoutError: when there was none by ``deadline``.
+        """
+        while not self.is_over:
+            left = _left(deadline)
+            step_s = _LOOK_S if left is None else min(left, _LOOK_S)
+            room = self._saver.room(length, timeout_s=step_s, background=background)
+            if room is not None:
+                return room
+            if left is not None and left <= _LOOK_S:
+                raise TimeoutError("the backup does not take data fast enough")
+        return None
 
     def _hand_over(self, offset: int, length: int, room: memoryview, zero: bool) -> None:
         if zero:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 from casbackup.block.device import Closing, Extent, merged
 from casbackup.block.filters.clusters import Run, clipped
@@ -14,6 +15,8 @@ from casbackup.fs import Buffer
 
 _STATUS_CLUSTERS = 1024
 """Clusters that are held while their status is taken."""
+
+_Result = TypeVar("_Result")
 
 
 class SnapshotView(Closing):
@@ -32,13 +35,16 @@ class SnapshotView(Closing):
         )
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        for run in self._runs(offset, len(buffer), STEP_CLUSTERS):
+        def read(run: Run) -> None:
             start, count = clipped(offset, len(buffer), *self._bounds(run))
             part = buffer[start - offset : start - offset + count]
             if run.state == UNSAVED:
                 self._point.device.read_into(start, part)
             else:
                 self._saver.read_into(start, part)
+
+        for _nothing in self._for_runs(offset, len(buffer), STEP_CLUSTERS, read):
+            pass
 
     def write(self, offset: int, data: Buffer) -> None:
         """:raise TargetUnwritable: always, as all that changes; a guard does not let it come here."""
@@ -63,13 +69,17 @@ class SnapshotView(Closing):
         self._point.end()
 
     def _all_extents(self, offset: int, length: int) -> Iterator[Extent]:
-        for run in self._runs(offset, length, _STATUS_CLUSTERS):
+        def found(run: Run) -> list[Extent]:
             source = self._point.device if run.state == UNSAVED else self._saver
-            yield from list(source.extents(*clipped(offset, length, *self._bounds(run))))
+            return list(source.extents(*clipped(offset, length, *self._bounds(run))))
 
-    def _runs(self, offset: int, length: int, most: int) -> Iterator[Run]:
-        """The range as runs of one state of up to ``most`` clusters; unsaved ones are held while they are used.
+        for extents in self._for_runs(offset, length, _STATUS_CLUSTERS, found):
+            yield from extents
 
+    def _for_runs(self, offset: int, length: int, most: int, use: Callable[[Run], _Result]) -> Iterator[_Result]:
+        """What ``use`` gives for each run of one state, of up to ``most`` clusters, in the range.
+
+        Unsaved ones are held while they are used, and nothing is held when the caller goes on: it may read.
         Whether all is well is asked after each: what was read while the point in time got lost may be new.
         """
         first, stop = self._point.clusters.touching(offset, length)
@@ -78,10 +88,11 @@ class SnapshotView(Closing):
             run = self._point.clusters.run_at(first, min(stop, first + most))
             if run.state == UNSAVED:
                 with self._point.held(run.first, run.stop) as run:
-                    yield run
+                    result = use(run)
             else:
-                yield run
+                result = use(run)
             self._point.check()
+            yield result
             first = run.stop
 
     def _bounds(self, run: Run) -> tuple[int, int]:

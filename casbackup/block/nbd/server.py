@@ -6,7 +6,7 @@ buffers with the GIL released. Connections share their export's device.
 
 from __future__ import annotations
 
-import contextlib
+import select
 import socket
 import ssl
 import threading
@@ -23,6 +23,8 @@ from casbackup.block.nbd.uri import NbdAddress
 from casbackup.block.nbd.wire import Wire
 from casbackup.errors import CasbackupError, UsageError
 
+_POLL_MS = 50
+"""How soon a thread that waits for connections sees that the server stops."""
 _PAUSE_S = 0.1
 """After an accept that failed, for instance for lack of descriptors: the next one would, too."""
 
@@ -63,7 +65,7 @@ class NbdServer(Closing):
         self._accepting: list[threading.Thread] = []
         self._connections: dict[threading.Thread, Wire] = {}
         self._changed = threading.Condition()
-        self._stopping = False
+        self._stopping = threading.Event()
 
     @property
     def connections(self) -> int:
@@ -76,11 +78,19 @@ class NbdServer(Closing):
         Errors as ``listen.listen``.
         """
         listener, actual = listen.listen(address)
-        thread = threading.Thread(target=self._accept, args=(listener,), name="nbd-accept", daemon=True)
         self._listeners.append((listener, actual))
+        self.serve(listener)
+        return actual
+
+    def serve(self, listener: socket.socket) -> None:
+        """Serve whoever connects to a socket that listens already. It stays the caller's.
+
+        Other processes may accept from it, too; it is made non-blocking for that.
+        """
+        listener.setblocking(False)
+        thread = threading.Thread(target=self._accept, args=(listener,), name="nbd-accept", daemon=True)
         self._accepting.append(thread)
         thread.start()
-        return actual
 
     def close(self, *, timeout_s: float = 5.0) -> None:
         """Take no more connections and requests, answer those that have arrived, then end all connections.
@@ -100,26 +110,30 @@ class NbdServer(Closing):
             thread.join(max(0.0, deadline - time.monotonic()) + _PAUSE_S)
 
     def _stop_listening(self) -> None:
-        self._stopping = True
+        self._stopping.set()
+        for thread in self._accepting:
+            thread.join()
         for listener, address in self._listeners:
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)  # wakes accept, which close would not
             listener.close()
             listen.remove(address)
         self._listeners.clear()
-        for thread in self._accepting:
-            thread.join()
 
     def _accept(self, listener: socket.socket) -> None:
-        while not self._stopping:
+        """Until the server stops. Nothing is accepted after that: the socket may be somebody else's, too."""
+        waiting = select.poll()
+        waiting.register(listener, select.POLLIN)
+        while not self._stopping.is_set():
+            if not waiting.poll(_POLL_MS):
+                continue
             try:
                 stream, peer = listener.accept()
-            except OSError as error:
-                if not self._stopping:
-                    self._report(f"a connection could not be accepted: {error.strerror}")
-                    time.sleep(_PAUSE_S)
+            except BlockingIOError:
                 continue
-            self._welcome(stream, _peer_name(peer))
+            except OSError as error:
+                self._report(f"a connection could not be accepted: {error.strerror}")
+                self._stopping.wait(_PAUSE_S)
+            else:
+                self._welcome(stream, _peer_name(peer))
 
     def _welcome(self, stream: socket.socket, peer: str) -> None:
         """Serve a new connection in a thread of its own, if there is a place for it."""
@@ -127,7 +141,7 @@ class NbdServer(Closing):
             stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         thread = threading.Thread(target=self._serve, name="nbd-connection", daemon=True)
         with self._changed:
-            if self._stopping or len(self._connections) >= self._max_connections:
+            if self._stopping.is_set() or len(self._connections) >= self._max_connections:
                 stream.close()
                 self._report(f"{peer}: refused, there are {self._max_connections} connections")
                 return
@@ -162,9 +176,8 @@ class NbdServer(Closing):
     def _transmit(self, wire: Wire, chosen: Chosen) -> None:
         try:
             wire.set_timeout(self._stall_timeout_s)
-            if self._stopping:
-                return
-            Session(wire, chosen).run()
+            if not self._stopping.is_set():
+                Session(wire, chosen).run()
         finally:
             chosen.export.release()
 
