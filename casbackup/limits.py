@@ -109,7 +109,7 @@ SINK_MEMORY_BYTES = 64 * MiB
 MAX_TAR_RANGES = 4 * 1024 * 1024
 """Ranges with data of a disk in a tar archive; a reader holds them in 16 bytes each."""
 
-MAX_TAR_MEMBERS = 100_000
+MAX_TAR_MEMBERS = 20_000
 """Members of a tar archive of another program."""
 
 MAX_QCOW2_DISK_BYTES = 64 * TiB

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
+from casbackup.units import MiB
 from casbackup.workers import worker_count
 
 if TYPE_CHECKING:
@@ -14,8 +15,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
-BATCH = 32
-"""Blocks of 64 KiB that are worth handing out at once; bounds what lies in memory."""
+_BATCH_BYTES = 2 * MiB
+
+
+def batch_of(block_bytes: int) -> int:
+    """How many blocks of this size are worth handing out at once; bounds what lies in memory."""
+    return max(2, _BATCH_BYTES // block_bytes)
 
 
 def mapped(function: Callable[[T], R], items: Sequence[T]) -> list[R]:

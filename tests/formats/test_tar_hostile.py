@@ -48,6 +48,12 @@ def extension(size: int) -> bytes:
     return with_checksum(block)
 
 
+def global_header(key: str, value: str) -> bytes:
+    block = bytearray(member("x", b"", **{key: value})[:-512])
+    block[156:157] = b"g"
+    return with_checksum(block[:512]) + bytes(block[512:])
+
+
 def old_sparse(entries: bytes, size: bytes = b"00000010000\0", *, extended: bytes = b"\0") -> bytes:
     block = bytearray(member("d.raw", b"")[:512])
     block[156:157] = b"S"
@@ -81,6 +87,9 @@ DAMAGED = {
     "size without end": encode_member("d.raw", 2**62, 0, {"size": str(2**62)}) + END,
     "size no number": member("d.raw", b"", size="-1") + END,
     "PAX header of 1 TiB": extension(2**40) + END,
+    "PAX headers without end": member("d.raw", b"", comment="x" * 3 * MiB)[:-512] * 2,
+    "global PAX headers without end": b"".join(global_header(str(n), "x" * 2 * MiB) for n in range(3)),
+    "name of 5000 characters": member("d" * 4996 + ".raw", b"x") + END,
     "PAX without its member": member("d.raw", b"", comment="x")[:1024] + END,
     "map of too many": sparse_1_0("999999999999\n") + END,
     "map without line feeds": sparse_1_0("1" * 3000) + END,

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterable
 
 from casbackup.errors import ArchiveIncomplete
-from casbackup.formats.parallel import BATCH, mapped
+from casbackup.formats.parallel import batch_of, mapped
 from casbackup.formats.port import ArchiveHead, ByteTarget
 from casbackup.formats.qcow2.compression import Compress
 from casbackup.formats.qcow2.layout import (
@@ -34,6 +34,8 @@ from casbackup.formats.qcow2.writer import (
 from casbackup.formats.zeros import is_zero
 from casbackup.fs import Buffer
 
+_BATCH = batch_of(CLUSTER_BYTES)
+
 
 class CompressedOutput:
     """Takes clusters in any order. Of the tables those are in memory that are used: at most 128 MiB for 1 TiB."""
@@ -53,8 +55,8 @@ class CompressedOutput:
         self._given_bytes += len(data)
         view = memoryview(data)
         starts = [s for s in range(0, len(view), CLUSTER_BYTES) if not is_zero(view[s : s + CLUSTER_BYTES])]
-        for first in range(0, len(starts), BATCH):
-            batch = starts[first : first + BATCH]
+        for first in range(0, len(starts), _BATCH):
+            batch = starts[first : first + _BATCH]
             clusters = [_whole(view[start : start + CLUSTER_BYTES]) for start in batch]
             for start, cluster, packed in zip(batch, clusters, mapped(self._compress, clusters), strict=True):
                 self._set_entry((offset + start) // CLUSTER_BYTES, self._store(cluster, packed))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from casbackup.errors import ArchiveDamaged, ArchiveUnsupported
 from casbackup.formats.deflate import Undecompressable
-from casbackup.formats.parallel import BATCH, mapped
+from casbackup.formats.parallel import batch_of, mapped
 from casbackup.formats.port import (
     ArchiveDisk,
     ArchiveHead,
@@ -80,8 +81,8 @@ class Qcow2Archive:
     def events(self) -> Iterator[Event]:
         """:raise ArchiveDamaged: for tables that lead nowhere, and clusters that cannot be decompressed."""
         buffer = memoryview(bytearray(COPY_BYTES))
-        runs = _runs(_Tables(self._source, self._header).clusters(), 1 << self._header.cluster_bits)
-        for run in _clipped(runs, self._header.size_bytes):
+        clusters = _Tables(self._source, self._header).clusters()
+        for run in _runs(clusters, 1 << self._header.cluster_bits, self._header.size_bytes):
             if run.packed:
                 yield from self._decompressed(run)
             elif run.host is None:
@@ -120,17 +121,24 @@ class _Cluster(NamedTuple):
     packed: CompressedEntry | None = None
 
 
-class _Run(NamedTuple):
+@dataclass(slots=True)
+class _Run:
     """As many clusters of one kind as can be read at once. ``host`` None and nothing ``packed``: zeros."""
 
     offset: int
     length: int
     host: int | None
-    packed: tuple[CompressedEntry, ...]
+    packed: list[CompressedEntry]
 
     @property
     def end(self) -> int:
         return self.offset + self.length
+
+    def continues_with(self, cluster: _Cluster, batch: int) -> bool:
+        """Whether the next cluster may be added; of compressed ones there are at most ``batch``."""
+        if cluster.packed or self.packed:
+            return bool(cluster.packed) and 0 < len(self.packed) < batch
+        return cluster.host == (None if self.host is None else self.host + self.length)
 
 
 class _Tables:
@@ -213,34 +221,20 @@ class _Tables:
             raise ArchiveDamaged(f"{self._name}: its tables name the same clusters again and again")
 
 
-def _runs(clusters: Iterable[_Cluster], cluster_bytes: int) -> Iterator[_Run]:
+def _runs(clusters: Iterable[_Cluster], cluster_bytes: int, size_bytes: int) -> Iterator[_Run]:
     """Neighbours put together: zeros, what lies together in the file, and compressed ones up to a batch."""
-    run = _Run(0, 0, None, ())
+    batch = batch_of(cluster_bytes)
+    run: _Run | None = None
     for cluster in clusters:
-        length = cluster.clusters * cluster_bytes
-        continues = (
-            run.packed and len(run.packed) < BATCH
-            if cluster.packed
-            else (not run.packed and _follows(run, cluster.host))
-        )
-        if run.length and not continues:
-            yield run
-        packed = (cluster.packed,) if cluster.packed else ()
-        if run.length and continues:
-            run = _Run(run.offset, run.length + length, run.host, run.packed + packed)
-        else:
-            run = _Run(cluster.offset, length, cluster.host, packed)
-    if run.length:
+        if run is None or not run.continues_with(cluster, batch):
+            if run is not None:
+                yield run
+            run = _Run(cluster.offset, 0, cluster.host, [])
+        run.length = min(run.length + cluster.clusters * cluster_bytes, size_bytes - run.offset)
+        if cluster.packed:
+            run.packed.append(cluster.packed)
+    if run is not None:
         yield run
-
-
-def _follows(run: _Run, host: int | None) -> bool:
-    return host is None if run.host is None else host == run.host + run.length
-
-
-def _clipped(runs: Iterable[_Run], size_bytes: int) -> Iterator[_Run]:
-    for run in runs:
-        yield run._replace(length=min(run.length, size_bytes - run.offset))
 
 
 def _check_supported(header: Header, name: str) -> None:

@@ -26,8 +26,9 @@ from casbackup.formats.tar.headers import (
 from casbackup.formats.tar.sparse import SparseMap, parse_leading_map, parse_numbers, parse_old_map
 from casbackup.units import MiB
 
-_MAX_EXTENSION_BYTES = 16 * MiB
-"""Of a PAX header or a long name. Sparse maps of the forms 0.0 and 0.1 may need that much."""
+_MAX_EXTENSION_BYTES = 4 * MiB
+"""Of all extended headers of a member. Sparse maps of the forms 0.0 and 0.1 need 70 and 20 bytes a range."""
+_MAX_NAME_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class Members:
         self._source = source
         self._next_at = source.tell()
         self._globals: dict[str, bytes] = {}
+        self._global_room = _MAX_EXTENSION_BYTES
 
     def next(self) -> Member | None:
         """The next member, the source at its data; None at the end of the archive.
@@ -76,20 +78,17 @@ class Members:
 
     def _next_member(self, offset: int) -> Member | None:
         own: list[tuple[str, bytes]] = []
-        long_name: bytes | None = None
+        room = _MAX_EXTENSION_BYTES
         while (header := self._read_header()) is not None:
-            if header.kind in (PAX, PAX_GLOBAL):
-                records = list(parse_records(self._read_extension(header)))
-                if header.kind == PAX:
-                    own += records
-                else:
-                    self._globals.update(records)
-            elif header.kind in (GNU_LONG_NAME, GNU_LONG_LINK):
-                content = self._read_extension(header)
-                long_name = content.split(b"\0", 1)[0] if header.kind == GNU_LONG_NAME else long_name
+            if header.kind == PAX_GLOBAL:
+                self._globals.update(parse_records(self._read_extension(header, self._global_room)))
+                self._global_room -= header.size_bytes
+            elif header.kind in (PAX, GNU_LONG_NAME, GNU_LONG_LINK):
+                own += _records_of(header.kind, self._read_extension(header, room))
+                room -= header.size_bytes
             else:
-                return self._member(offset, header, own, long_name)
-        if own or long_name is not None:
+                return self._member(offset, header, own)
+        if own:
             raise InvalidHeader("an extended header without its member")
         return None
 
@@ -100,16 +99,18 @@ class Members:
     def _read_block(self) -> bytes:
         return bytes(read_exactly(self._source, BLOCK_BYTES, "a header"))
 
-    def _read_extension(self, header: Header) -> bytes:
-        if header.size_bytes > _MAX_EXTENSION_BYTES:
-            raise InvalidHeader(f"an extended header of {header.size_bytes} bytes")
+    def _read_extension(self, header: Header, room: int) -> bytes:
+        if header.size_bytes > room:
+            raise ArchiveUnsupported(f"{self._source.name}: extended headers of more than {_MAX_EXTENSION_BYTES} bytes")
         stored = header.size_bytes + padding(header.size_bytes)
         return bytes(read_exactly(self._source, stored, "an extended header")[: header.size_bytes])
 
-    def _member(self, offset: int, header: Header, own: list[tuple[str, bytes]], long_name: bytes | None) -> Member:
+    def _member(self, offset: int, header: Header, own: list[tuple[str, bytes]]) -> Member:
         records = {**self._globals, **dict(own)}
         size = parse_decimal(records["size"]) if "size" in records else header.size_bytes
-        name = records.get("GNU.sparse.name", records.get("path", header.name if long_name is None else long_name))
+        name = records.get("GNU.sparse.name", records.get("path", header.name))
+        if len(name) > _MAX_NAME_BYTES:
+            raise InvalidHeader(f"a name of {len(name)} bytes")
         if "SCHILY.realsize" in records:
             raise ArchiveUnsupported(f"{self._source.name}: sparse members in the form of star are not read")
         start = self._source.tell()
@@ -142,6 +143,13 @@ class Members:
         else:
             return None
         return parse_numbers(numbers, parse_decimal(records.get("GNU.sparse.size", b"")))
+
+
+def _records_of(kind: bytes, content: bytes) -> list[tuple[str, bytes]]:
+    """What an extended header says, as PAX records; GNU tar's long name is one of them."""
+    if kind == PAX:
+        return list(parse_records(content))
+    return [("path", content.split(b"\0", 1)[0])] if kind == GNU_LONG_NAME else []
 
 
 def events_of(member: Member, disk: int, source: ByteSource, buffer: memoryview) -> Iterator[Event]:

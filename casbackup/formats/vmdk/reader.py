@@ -13,7 +13,7 @@ from typing import NamedTuple
 from casbackup.errors import ArchiveDamaged, ArchiveUnsupported
 from casbackup.formats.coverage import Coverage
 from casbackup.formats.deflate import ZLIB_FORMAT, Undecompressable, inflate
-from casbackup.formats.parallel import BATCH, mapped
+from casbackup.formats.parallel import batch_of, mapped
 from casbackup.formats.port import (
     ArchiveDisk,
     ArchiveHead,
@@ -96,7 +96,7 @@ class VmdkArchive:
         batch: list[_Grain] = []
         for grain in self._read_grains(may_end=has_tables_in_front):
             batch.append(grain)
-            if len(batch) == BATCH:
+            if len(batch) == batch_of(self._grain_bytes):
                 yield from self._unpacked(batch)
                 batch = []
         yield from self._unpacked(batch)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from casbackup.errors import ArchiveIncomplete
 from casbackup.formats.deflate import FASTEST, LEVELS, ZLIB_FORMAT, deflate
 from casbackup.formats.options import whole_number
-from casbackup.formats.parallel import BATCH, mapped
+from casbackup.formats.parallel import batch_of, mapped
 from casbackup.formats.port import ArchiveHead, ByteRange, ByteTarget, Order, WriterCapabilities
 from casbackup.formats.single import SECTOR_BYTES, check_single_disk, sectors_for
 from casbackup.formats.vmdk.descriptor import descriptor_of
@@ -35,6 +35,7 @@ from casbackup.units import KiB
 GRAIN_BYTES = 64 * KiB
 _GRAIN_SECTORS = GRAIN_BYTES // SECTOR_BYTES
 _TABLE_ENTRIES = 512
+_BATCH = batch_of(GRAIN_BYTES)
 _DESCRIPTOR_SECTORS = 20
 _OVERHEAD = 128
 
@@ -78,8 +79,8 @@ class VmdkOutput:
         self._given_bytes += len(data)
         view = memoryview(data)
         starts = [s for s in range(0, len(view), GRAIN_BYTES) if not is_zero(view[s : s + GRAIN_BYTES])]
-        for first in range(0, len(starts), BATCH):
-            batch = starts[first : first + BATCH]
+        for first in range(0, len(starts), _BATCH):
+            batch = starts[first : first + _BATCH]
             grains = [_whole(view[start : start + GRAIN_BYTES]) for start in batch]
             packed = mapped(self._compress, grains)
             self._put_grains([(offset + start) // GRAIN_BYTES for start in batch], packed)
