@@ -8,7 +8,8 @@ on blocks of 4 KiB need more, until their blocks are complete.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from casbackup.errors import ArchiveDamaged, ArchiveIncomplete
 from casbackup.formats.port import ArchiveHead, ByteRange, Data, Event
@@ -108,12 +109,9 @@ class Coverage:
         self._segments.add(first, last)
 
     def _add_in_segment(self, segment: int, start: int, end: int, before: list[ByteRange]) -> None:
-        base = segment * SEGMENT_BYTES
-        if next(self._segments.overlap(segment, segment + 1), None) is not None:
-            before.append(ByteRange(base + start, end - start))
-            return
+        """Add [start, end) of a segment: whole blocks, and parts of the ones around them."""
         first, last = -(-start // BLOCK_BYTES), end // BLOCK_BYTES
-        if first > last:  # within one block
+        if first > last:
             self._add_in_block(segment, last, start % BLOCK_BYTES, end % BLOCK_BYTES, before)
             return
         if start % BLOCK_BYTES:
@@ -125,7 +123,7 @@ class Coverage:
 
     def _add_blocks(self, segment: int, first: int, last: int, before: list[ByteRange]) -> None:
         bits = ((1 << (last - first)) - 1) << first
-        known = self._blocks.get(segment, 0)
+        known = self._known(segment)
         if known & bits:
             before += _scaled(_runs(known & bits), BLOCK_BYTES, segment * SEGMENT_BYTES)
         if self._bytes:
@@ -133,20 +131,8 @@ class Coverage:
                 before += _scaled(self._bytes.pop(block, ()), 1, block * BLOCK_BYTES)
         self._set_blocks(segment, known | bits)
 
-    def _set_blocks(self, segment: int, bits: int) -> None:
-        if bits == _FULL:
-            self._blocks.pop(segment, None)
-            self._segments.add(segment, segment + 1)
-        else:
-            self._blocks[segment] = bits
-
     def _add_in_block(self, segment: int, block: int, start: int, end: int, before: list[ByteRange]) -> None:
-        known = self._blocks.get(segment)
-        if known is None:
-            if next(self._segments.overlap(segment, segment + 1), None) is not None:
-                before.append(ByteRange(segment * SEGMENT_BYTES + block * BLOCK_BYTES + start, end - start))
-                return
-            known = self._blocks[segment] = 0
+        known = self._known(segment)
         number = segment * SEGMENT_BLOCKS + block
         if known >> block & 1:
             before.append(ByteRange(number * BLOCK_BYTES + start, end - start))
@@ -156,7 +142,22 @@ class Coverage:
         parts.add(start, end)
         if list(parts) == [(0, BLOCK_BYTES)]:
             del self._bytes[number]
-            self._set_blocks(segment, known | 1 << block)
+            known |= 1 << block
+        self._set_blocks(segment, known)
+
+    def _known(self, segment: int) -> int:
+        """A bit for each block of the segment that has come whole."""
+        bits = self._blocks.get(segment)
+        if bits is None:
+            bits = _FULL if any(self._segments.overlap(segment, segment + 1)) else 0
+        return bits
+
+    def _set_blocks(self, segment: int, bits: int) -> None:
+        if bits == _FULL:
+            self._blocks.pop(segment, None)
+            self._segments.add(segment, segment + 1)
+        else:
+            self._blocks[segment] = bits
 
     def _covered_blocks(self, segment: int) -> Iterator[ByteRange]:
         yield from _scaled(_runs(self._blocks[segment]), BLOCK_BYTES, segment * SEGMENT_BYTES)
@@ -254,7 +255,7 @@ class ArchiveCoverage:
 
     def require_complete(self) -> None:
         """:raise ArchiveIncomplete: when anything is missing; the message names the first ranges."""
-        gaps = list(_first(self.missing(), _SHOWN + 1))
+        gaps = list(islice(self.missing(), _SHOWN + 1))
         if gaps:
             shown = [f"{self._name(disk)} {gap.length} bytes from {gap.offset}" for disk, gap in gaps[:_SHOWN]]
             more = " and more" if len(gaps) > _SHOWN else ""
@@ -262,7 +263,3 @@ class ArchiveCoverage:
 
     def _name(self, disk: int) -> str:
         return repr(self._head.disks[disk].name)
-
-
-def _first(items: Iterable[tuple[int, ByteRange]], count: int) -> Sequence[tuple[int, ByteRange]]:
-    return [item for _, item in zip(range(count), items, strict=False)]

@@ -67,20 +67,22 @@ def recognise(first_bytes: bytes, name: str = "the input") -> ArchiveFormat:
     """The format of an archive that begins like this. ``first_bytes``: ``RECOGNISE_BYTES`` of it, or all it has.
 
     :raise ArchiveUnknown: when no format knows it; the message says what it looks like.
+    :raise ArchivePluginBroken: when none knows it, and one failed to look at it.
     """
+    failures: list[ArchivePluginBroken] = []
     for archive_format in _loaded_formats():
-        if _recognises(archive_format, first_bytes):
-            return archive_format
+        try:
+            if archive_format.recognises(first_bytes):
+                return archive_format
+        except Exception as error:  # noqa: BLE001 - it is somebody else's code
+            failure = ArchivePluginBroken(f"format {archive_format.name} failed to look at {name}: {error!r}")
+            failure.__cause__ = error
+            failures.append(failure)
+    if failures:
+        raise failures[0]
     raise ArchiveUnknown(
         f"{name} is in no known archive format; it looks like {looks_like(first_bytes)}{_broken_note()}"
     )
-
-
-def _recognises(archive_format: ArchiveFormat, first_bytes: bytes) -> bool:
-    try:
-        return archive_format.recognises(first_bytes)
-    except Exception as error:  # it is somebody else's code
-        raise ArchivePluginBroken(f"format {archive_format.name} failed to look at the input: {error!r}") from error
 
 
 def _loaded_formats() -> Iterator[ArchiveFormat]:
