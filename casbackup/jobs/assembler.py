@@ -7,7 +7,8 @@ taken, the segment that was touched longest ago is handed on in parts: correct, 
 
 Pages hold what has arrived and nothing else, so early clusters scattered over a large disk take no more than their
 own size, and zeros take nothing. Of a segment that was handed on in parts, what the sink wants to remember is kept,
-for chunks some 50 bytes each. When all pages are full of complete segments that wait for a worker, the producer waits.
+for chunks some 50 bytes each. When a few segments wait for a worker, the producer waits, too: pages that are used
+again soon are still in the processor's cache, and the rest of the memory is there for what comes early.
 """
 
 from __future__ import annotations
@@ -130,6 +131,7 @@ class Assembler:
         self._packed: dict[tuple[int, int], bytes] = {}
         self._last: tuple[int, int] | None = None
         self._jobs: deque[_Job] = deque()
+        self._most_waiting = 2 * self._workers
         self._under_way = 0
         self._ending = False
         self._condition = threading.Condition()
@@ -144,6 +146,10 @@ class Assembler:
         view = memoryview(data).cast("B") if isinstance(data, memoryview) else memoryview(data)
         with self._condition:
             while view:
+                if len(self._jobs) > self._most_waiting:
+                    self._check()
+                    self._condition.wait(_POLL_S)
+                    continue
                 number, start = divmod(offset, SEGMENT_BYTES)
                 page, first = divmod(start, PAGE_BYTES)
                 length = min(PAGE_BYTES - first, len(view))

@@ -50,10 +50,11 @@ def extract(
     only: Sequence[str] = (),
     force: bool = False,
     allow_incomplete: bool = False,
+    sync: bool = False,
     progress: Progress | None = None,
 ) -> ExtractReport:
     """Write ``DISK.raw`` for each disk, and the configs. ``only``: these disks, by our names or the archive's, and
-    no configs. ``allow_incomplete``: what is missing reads as zeros.
+    no configs. ``allow_incomplete``: what is missing reads as zeros. ``sync``: return when all has reached the disk.
 
     After an error no new file is left.
 
@@ -73,7 +74,7 @@ def extract(
             for number in chosen
         }
         configs = [] if only else list(zip(config_files, head.configs, strict=True))
-        pending = [_pending(folder, name, config, force, stack) for name, config in configs]
+        pending = [_pending(os.path.join(folder, name), config, force, sync, stack) for name, config in configs]
         report = ExtractReport(
             [ExtractedDisk(number, os.path.join(folder, disk_files[number])) for number in chosen],
             [os.path.join(folder, name) for name, _ in configs],
@@ -81,9 +82,9 @@ def extract(
         progress.start(folder, sum(disk.size_bytes for disk in head.disks))
         _fill(archive, targets, allow_incomplete, report, progress)
         for target in targets.values():
-            target.commit()
+            target.commit(sync=sync)
         for file in pending:
-            file.publish(sync=True)
+            file.publish(sync=sync)
     progress.finish()
     return report
 
@@ -134,14 +135,14 @@ def _write(target: Target, offset: int, data: memoryview) -> None:
             target.device.write(offset + run.start, data[run.start : run.end])
 
 
-def _pending(folder: str, name: str, config: ArchiveConfig, force: bool, stack: ExitStack) -> PendingFile:
-    path = os.path.join(folder, name)
+def _pending(path: str, config: ArchiveConfig, force: bool, sync: bool, stack: ExitStack) -> PendingFile:
     pending = PendingFile(path, replace=force)
     stack.callback(pending.discard)
     with translated(path), open(pending.temporary, "wb") as file:
         file.write(config.content)
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
     return pending
 
 

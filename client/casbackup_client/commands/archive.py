@@ -266,6 +266,7 @@ def _finding_line(finding: Finding) -> str:
 @click.option("--disk", "disks", metavar="DISK", multiple=True, help="Only this disk, and no configs. Repeatable.")
 @click.option("--allow-incomplete", is_flag=True, help="Take what is there; what is missing reads as zeros.")
 @click.option("--force", is_flag=True, help="Overwrite files that exist.")
+@click.option("--sync", is_flag=True, help="End only when everything has reached the disk.")
 @pass_app
 def extract(
     app: App,
@@ -275,6 +276,7 @@ def extract(
     disks: tuple[str, ...],
     allow_incomplete: bool,
     force: bool,
+    sync: bool,
 ) -> None:
     """Extract an archive's disks, as sparse raw files FOLDER/DISK.raw, and its configs.
 
@@ -288,7 +290,7 @@ def extract(
         opened, _ = given.open()
         with app.progress() as progress:
             report = run_extract(
-                opened, folder, only=disks, force=force, allow_incomplete=allow_incomplete, progress=progress
+                opened, folder, only=disks, force=force, allow_incomplete=allow_incomplete, sync=sync, progress=progress
             )
     document = _extract_document(path, given.format, opened.head, report)
     document["duration_ms"] = round((time.monotonic() - began_s) * 1000)

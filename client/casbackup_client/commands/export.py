@@ -16,7 +16,7 @@ from casbackup_client.archives import PIPE
 from casbackup_client.options import command, pass_app, reference_argument
 
 if TYPE_CHECKING:
-    from casbackup.formats.port import ArchiveFormat
+    from casbackup.formats.port import ArchiveFormat, ByteTarget
     from casbackup.jobs.export import ExportPlan, ExportReport
     from casbackup_client.documents import ExportDocument
     from casbackup_client.views import View
@@ -93,7 +93,6 @@ def export(
     The same snapshot always gives the same bytes. A file appears when it is complete; after a failure nothing is
     left of it. What was imported from an archive is exported as that archive was, with its names, uuid and time.
     """
-    from casbackup.formats.archiver import archiver_target
     from casbackup.jobs.export import export as run_export
     from casbackup.jobs.export import plan_export
     from casbackup_client import archives
@@ -117,7 +116,7 @@ def export(
             writer.check(plan.head)
             path = _path(target or PIPE, archive_format, used_compression, plan)
             opened = stack.enter_context(
-                archiver_target(archiver)
+                _archiver(archiver)
                 if archiver is not None
                 else archives.opened_target(path, used_compression, writer, force=force)
             )
@@ -129,6 +128,12 @@ def export(
         document = _document(plan, report, round((time.monotonic() - began_s) * 1000))
         document |= {"format": archive_format.name, "compression": used_compression, "target": archiver or path}
         app.output.result(document, lambda: _view(document), essential=False)
+
+
+def _archiver(command_line: str) -> contextlib.AbstractContextManager[ByteTarget]:
+    from casbackup.formats.archiver import archiver_target
+
+    return archiver_target(command_line)
 
 
 def _path(target: str, archive_format: ArchiveFormat, compression: str, plan: ExportPlan) -> str:
