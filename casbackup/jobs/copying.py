@@ -237,7 +237,7 @@ class Copier:
         while waiting and len(batch) < _CHUNKS and size < _CHUNKS_BYTES:
             batch.append(waiting.popleft())
             size += batch[-1].size_bytes
-        return lambda: self._move(batch)
+        return lambda: self._count_only(batch) if self._only_count else self._move(batch)
 
     def _scouting(self) -> Callable[[], None] | None:
         if self._complete:
@@ -283,11 +283,6 @@ class Copier:
         missing = self._destination.missing([parcel.id for parcel in batch])
         absent = [parcel for parcel in batch if parcel.id in missing]
         self._settle([parcel for parcel in batch if parcel.id not in missing])
-        if batch[0].level == CHUNK and self._only_count:
-            for parcel in absent:
-                self._count(parcel, parcel.size_bytes)
-            self._settle(absent)
-            return
         with self._changed:
             self._unfetched[batch[0].level].extend(absent)
 
@@ -336,6 +331,11 @@ class Copier:
                 self._count(parcel, record.total_bytes)
                 self._limit.pass_on(record.total_bytes, self._stop)
         self._send(records)
+        self._settle(batch)
+
+    def _count_only(self, batch: Sequence[_Parcel]) -> None:
+        for parcel in batch:
+            self._count(parcel, parcel.size_bytes)
         self._settle(batch)
 
     def _fetched(self, batch: Sequence[_Parcel]) -> Iterator[tuple[_Parcel, _Answer]]:

@@ -225,7 +225,8 @@ class Session:
         self._row = row
         self._lock: FileLock | None = lock
         self._writer = _SessionWriter(repository, row)
-        self._commit_lock = threading.Lock()
+        self._commit_lock = threading.RLock()
+        """No end of the session comes between a commit's look at what is stored and its manifest."""
 
     @property
     def id(self) -> SessionId:
@@ -337,28 +338,31 @@ class Session:
 
     def finish(self) -> None:
         """End it: what it adopted stays, what else it stored becomes garbage. Ending an ended session is harmless."""
-        if self._lock is not None:
-            self._writer.flush(seal=True)
-            self.abort()
+        with self._commit_lock:
+            if self._lock is not None:
+                self._writer.flush(seal=True)
+                self.abort()
 
     def abort(self) -> None:
         """Give up: what was stored becomes garbage. Ending an ended session is harmless."""
-        if self._lock is None:
-            return
-        self._writer.close()
-        try:
-            self._repository.index.write(lambda txn: self._repository.sessions.drop(txn, self.id))
-        except BaseException:
-            self.park()
-            raise
-        self._end_for_good()
+        with self._commit_lock:
+            if self._lock is None:
+                return
+            self._writer.close()
+            try:
+                self._repository.index.write(lambda txn: self._repository.sessions.drop(txn, self.id))
+            except BaseException:
+                self.park()
+                raise
+            self._end_for_good()
 
     def park(self) -> None:
         """Leave the session to be resumed: what was flushed stays."""
-        self._writer.close()
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        with self._commit_lock:
+            self._writer.close()
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
 
     def _write_manifest(self, txn: Transaction, draft: Manifest) -> Snapshot:
         repository = self._repository
