@@ -185,9 +185,11 @@ class _Import:
         self._progress.start(self._request.source or self._request.vm, sum(self._sizes))
         coverage = ArchiveCoverage(self._head)
         sink = TreeSink(self._store, self._builders)
+        read_bytes = 0
         with Assembler(self._sizes, sink) as assembler:
             for event in self._readable(coverage.passing(self._archive.events())):
                 if isinstance(event, Data):
+                    read_bytes += len(event.data)
                     assembler.put(event.disk, event.offset, event.data)
                 else:
                     assembler.zeros(event.disk, event.offset, event.length)
@@ -197,6 +199,7 @@ class _Import:
             for gap in missing:
                 assembler.zeros(gap.disk, gap.offset, gap.length)
             assembler.finish()
+        self._store.count_read(read_bytes)
         return missing
 
     def _readable(self, events: Iterable[Event]) -> Iterator[Event]:

@@ -89,6 +89,11 @@ class SegmentStore:
             self._session.send_soon([record], self._count_stored)
         return ConfigRecord(name, len(content), record.id)
 
+    def count_read(self, length: int) -> None:
+        """Count bytes that were read, where ``Filled`` did not say so."""
+        with self._lock:
+            self._read_bytes += length
+
     def known_zeros(self, length: int) -> None:
         """Count bytes that are zero without anybody having read them."""
         with self._lock:
