@@ -24,7 +24,7 @@ from casbackup.codec.records import encode_blob
 from casbackup.formats.qcow2 import layout as qcow2
 from casbackup.formats.vmdk import layout as vmdk
 from casbackup.ids import ZERO_ID, DiskName, Namespace, PackId, SessionId, VmName
-from casbackup.spec import indexdb, magic, manifest, node, outline, pack, record
+from casbackup.spec import indexdb, magic, manifest, node, outline, pack, record, vma
 from casbackup.spec.config import ChunkerConfig, RepositoryConfig, encode_config
 from casbackup.store.packfile import encode_footer, encode_header
 from casbackup.units import MiB
@@ -70,6 +70,9 @@ LAYOUTS: dict[str, list[Field]] = {
     "outline header": fields_of(outline._HEADER),
     "outline chunk": fields_of(outline._CHUNK),
     "qcow2 header": fields_of(qcow2.HEADER),
+    "vma device": fields_of(vma.DEVICE),
+    "vma extent": fields_of(vma.EXTENT),
+    "vma header": fields_of(vma.HEADER),
     "vmdk header": fields_of(vmdk.HEADER),
     "vmdk marker": fields_of(vmdk.MARKER),
 }
@@ -281,6 +284,11 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "tree.md", f"{limits.MAX_LEVEL} levels of inner nodes"
     yield "manifest.md", f"{limits.MAX_MANIFEST_BYTES // MiB} MiB"
     yield "manifest.md", f"snapshot id  {manifest.encode_manifest(MANIFEST)[1]}"
+    yield "vma.md", f"{vma.FIXED_BYTES:,} bytes and the blobs"
+    yield "vma.md", f"{vma.WRITTEN_SLOTS} slots of an extent at the most"
+    yield "vma.md", f"From offset {vma.EXTENT.size} on, {vma.SLOTS} slots"
+    yield "vma.md", f"more than {vma.MAX_DEVICES} disks or {vma.CONFIGS} configs"
+    yield "vma.md", f"up to {vma.MAX_HEADER_BYTES // MiB} MiB"
     for database in indexdb.DATABASES:
         yield "index.md", f"| `{database.decode()}` |"
 
