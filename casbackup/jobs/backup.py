@@ -55,15 +55,22 @@ class BackupRequest:
         names = [disk.name for disk in self.disks]
         for repeated in {name for name in names if names.count(name) > 1}:
             raise DuplicateDisk(f"disk {repeated} is given twice")
-        if len(names) > MAX_DISKS or len(self.configs) > MAX_CONFIGS:
-            raise UsageError(f"more than {MAX_DISKS} disks or {MAX_CONFIGS} configs")
+        if len(names) > MAX_DISKS:
+            raise UsageError(f"more than {MAX_DISKS} disks")
         if not names and not self.configs:
             raise UsageError("there is neither a disk nor a config to back up")
-        for name, content in self.configs.items():
-            parse_config_name(name)
-            if len(content) > MAX_CONFIG_BYTES:
-                raise UsageError(f"config {name} has {len(content)} bytes, more than {MAX_CONFIG_BYTES}")
+        check_configs(self.configs)
         check_annotations(self.labels, self.notes)
+
+
+def check_configs(configs: Mapping[str, bytes]) -> None:
+    """:raise UsageError: when a name is none, or there is too much of them."""
+    if len(configs) > MAX_CONFIGS:
+        raise UsageError(f"more than {MAX_CONFIGS} configs")
+    for name, content in configs.items():
+        parse_config_name(name)
+        if len(content) > MAX_CONFIG_BYTES:
+            raise UsageError(f"config {name} has {len(content)} bytes, more than {MAX_CONFIG_BYTES}")
 
 
 def check_annotations(labels: Sequence[str], notes: str) -> None:

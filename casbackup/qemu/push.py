@@ -77,6 +77,10 @@ class PushSource:
         self._report = report
         self._tracking = tracking
 
+    @property
+    def token(self) -> str:
+        return "" if self._tracking is None else self._tracking.token
+
     def run(self, tasks: Sequence[DiskTask], consumer: Consumer) -> Instant:
         """See ``LiveSource``.
 
@@ -97,7 +101,7 @@ class PushSource:
             max_guest_stall_s=self._options.max_guest_stall_s,
             qmp_path=self._qmp.path,
             backup_name=name,
-            bitmap_token=None if self._tracking is None else self._tracking.token,
+            bitmap_token=self.token or None,
         )
 
 

@@ -61,6 +61,10 @@ Report = Callable[[str], None]
 class LiveSource(Protocol):
     """One live backup of some disks. Used by one thread; ``run`` once."""
 
+    @property
+    def token(self) -> str:
+        """In the names of the dirty bitmaps that ``run`` leaves in QEMU when it succeeds; empty: it leaves none."""
+
     def run(self, tasks: Sequence[DiskTask], consumer: Consumer) -> Instant:
         """Hand every wanted range of every disk to ``consumer``, each once, and return when QEMU is done with it.
 

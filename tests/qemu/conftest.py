@@ -84,6 +84,7 @@ class Daemon(Process):
     def __init__(self, folder: Path, disks: dict[str, Path], image_format: str = "raw") -> None:
         self.folder = folder
         self.disks = disks
+        self.image_format = image_format
         self._nbd = str(folder / "nbd.sock")
         for name in ("qmp.sock", "nbd.sock"):
             (folder / name).unlink(missing_ok=True)

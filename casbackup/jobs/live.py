@@ -1,0 +1,302 @@
+"""The live backup job: all disks of a running VM at one instant become a snapshot.
+
+Where QEMU has a dirty bitmap that belongs to a snapshot of the VM here, only what it names is read, and laid over that
+snapshot's disk. Otherwise the whole disk is read, and what is stored already is not stored again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from casbackup.clock import Clock, SystemClock
+from casbackup.errors import BackupBroken, CasbackupError
+from casbackup.formats.coverage import Coverage
+from casbackup.ids import BlobId, DiskName, Namespace, SessionId, VmName
+from casbackup.jobs.assembler import Assembler
+from casbackup.jobs.backup import check_annotations, check_configs, parked_on_error
+from casbackup.jobs.increment_sink import IncrementSink
+from casbackup.jobs.segment_store import SegmentStore
+from casbackup.limits import SEGMENT_BYTES
+from casbackup.peer.api import Peer, PeerSession
+from casbackup.peer.disk import BlobCache
+from casbackup.progress import NoProgress, Progress
+from casbackup.qemu import bitmaps, cleanup
+from casbackup.qemu.bitmaps import BasedOn
+from casbackup.qemu.control import LiveControl
+from casbackup.qemu.disks import LiveDisk
+from casbackup.qemu.machine import Machine
+from casbackup.qemu.push import Tracking
+from casbackup.qemu.source import DiskTask, Instant, LiveSource, Report
+from casbackup.repository.catalog import Snapshot
+from casbackup.spec.manifest import DiskRecord, LiveOrigin, Manifest
+from casbackup.tree.builder import TreeBuilder
+from casbackup.tree.edit import TreeEditor
+from casbackup.tree.reader import DiskTree
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRequest:
+    """What to make of a running VM. ``configs``: besides those of QEMU's own.
+
+    ``full``: read everything, whatever the bitmaps say. ``track``: leave bitmaps in QEMU for the next backup.
+    """
+
+    namespace: Namespace
+    vm: VmName
+    configs: Mapping[str, bytes] = field(default_factory=dict)
+    labels: Sequence[str] = ()
+    notes: str = ""
+    host: str = ""
+    program: str = ""
+    time_ms: int | None = None
+    resume: SessionId | None = None
+    full: bool = False
+    track: bool = True
+
+
+class DiskReport(NamedTuple):
+    """How a disk was read. ``reason``: why all of it was, if it was."""
+
+    name: DiskName
+    increment: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LiveReport:
+    snapshot: Snapshot
+    disks: Sequence[DiskReport]
+    instant: Instant
+
+
+class _Plan(NamedTuple):
+    """A disk, what it is based on, and the record that it is laid over."""
+
+    disk: LiveDisk
+    based_on: BasedOn
+    base: DiskRecord | None
+
+
+def live_backup(
+    peer: Peer,
+    machine: Machine,
+    request: LiveRequest,
+    *,
+    control: LiveControl,
+    report: Report,
+    progress: Progress | None = None,
+    clock: Clock | None = None,
+) -> LiveReport:
+    """Back up a running VM.
+
+    On an error the session is parked as by ``backup``, and QEMU is as before but for bitmaps of earlier snapshots,
+    which stay true.
+
+    :raise LiveBackupError: when QEMU or the guest does not play along.
+    :raise RepositoryError: when the repository cannot take it.
+    """
+    check_configs(request.configs)
+    check_annotations(request.labels, request.notes)
+    with contextlib.ExitStack() as stack:
+        session = stack.enter_context(parked_on_error(peer, request.namespace, request.vm, request.resume))
+        job = _LiveBackup(peer, session, machine, request, control, report, progress or NoProgress(), clock)
+        return job.run(stack)
+
+
+class _LiveBackup:
+    def __init__(
+        self,
+        peer: Peer,
+        session: PeerSession,
+        machine: Machine,
+        request: LiveRequest,
+        control: LiveControl,
+        report: Report,
+        progress: Progress,
+        clock: Clock | None,
+    ) -> None:
+        self._peer = peer
+        self._session = session
+        self._machine = machine
+        self._request = request
+        self._control = control
+        self._report = report
+        self._progress = progress
+        self._clock = clock or SystemClock()
+        self._store = SegmentStore(session, peer.config, progress)
+        self._cache = BlobCache(peer)
+        self._target = bitmaps.target_of(peer.config.repository_id, request.namespace, request.vm)
+
+    def run(self, stack: contextlib.ExitStack) -> LiveReport:
+        started_s = self._clock.monotonic_s()
+        plans = self._plans(stack)
+        token = bitmaps.new_token() if self._request.track else ""
+        source = self._machine.source(self._control, self._report, Tracking(self._target, token) if token else None)
+        time_ms = self._clock.now_ms() if self._request.time_ms is None else self._request.time_ms
+        instant, disks = self._read(source, plans)
+        try:
+            snapshot = self._commit(plans, disks, instant, token, time_ms, started_s)
+        except BaseException:
+            self._remove_bitmaps(token)
+            raise
+        self._remove_stale_bitmaps(plans, token)
+        reports = [DiskReport(p.disk.name, p.based_on.is_increment, p.based_on.reason) for p in plans]
+        return LiveReport(snapshot, reports, instant)
+
+    # --- what each disk is based on
+
+    def _plans(self, stack: contextlib.ExitStack) -> list[_Plan]:
+        """``stack`` keeps the snapshots that are built on."""
+        known = {
+            s.manifest.live.bitmap: s
+            for s in reversed(self._peer.snapshots(self._request.namespace, self._request.vm))
+            if s.manifest.live is not None and s.manifest.live.bitmap
+        }
+        plans = [self._plan(disk, known) for disk in self._machine.disks]
+        for token in {plan.based_on.token for plan in plans if plan.based_on.token is not None}:
+            stack.enter_context(self._peer.reading(known[token]))
+        return plans
+
+    def _plan(self, disk: LiveDisk, known: Mapping[str, Snapshot]) -> _Plan:
+        if self._request.full:
+            return _Plan(disk, BasedOn(None, "asked for"), None)
+        sizes = {token: {d.name: d.size_bytes for d in s.manifest.disks} for token, s in known.items()}
+        based_on = bitmaps.choose(disk, self._target, sizes)
+        if based_on.token is None:
+            return _Plan(disk, based_on, None)
+        base = next(d for d in known[based_on.token].manifest.disks if d.name == disk.name)
+        if base.root != BlobId(bytes(32)) and self._session.missing([base.root]):
+            return _Plan(disk, BasedOn(None, "the snapshot before is damaged"), None)
+        return _Plan(disk, based_on, base)
+
+    # --- reading
+
+    def _read(self, source: LiveSource, plans: Sequence[_Plan]) -> tuple[Instant, tuple[DiskRecord, ...]]:
+        leaves = [self._leaves(plan) for plan in plans]
+        bases = [self._tree(plan.base) for plan in plans]
+        sizes = [plan.disk.size_bytes for plan in plans]
+        sink = IncrementSink(self._store, leaves, bases)
+        self._progress.start(self._request.vm, sum(_expected_bytes(plan, self._target) for plan in plans))
+        with Assembler(sizes, sink) as assembler:
+            feed = _Feed(assembler, sink, plans)
+            instant = source.run([DiskTask(p.disk, self._bitmap(p)) for p in plans], feed)
+            try:
+                feed.require_complete()
+                assembler.finish(partial=True)
+            except BaseException:
+                self._remove_bitmaps(source.token)
+                raise
+        self._store.count_read(feed.read_bytes)
+        disks = tuple(self._disk(*item) for item in zip(plans, leaves, strict=True))
+        self._progress.finish()
+        return instant, disks
+
+    def _leaves(self, plan: _Plan) -> TreeBuilder | TreeEditor:
+        return TreeBuilder() if plan.base is None else TreeEditor(plan.base.root, self._cache.get)
+
+    def _tree(self, base: DiskRecord | None) -> DiskTree | None:
+        return None if base is None else DiskTree(base.root, base.size_bytes, self._cache.get)
+
+    def _bitmap(self, plan: _Plan) -> str | None:
+        return None if plan.based_on.token is None else bitmaps.bitmap_name(self._target, plan.based_on.token)
+
+    def _disk(self, plan: _Plan, leaves: TreeBuilder | TreeEditor) -> DiskRecord:
+        size = plan.disk.size_bytes
+        if isinstance(leaves, TreeEditor):
+            self._store.known_reused(size - sum(min(SEGMENT_BYTES, size - n * SEGMENT_BYTES) for n in leaves.changed))
+        return DiskRecord(plan.disk.name, size, leaves.finish(size, self._store.nodes), plan.disk.source)
+
+    # --- the end
+
+    def _commit(
+        self,
+        plans: Sequence[_Plan],
+        disks: tuple[DiskRecord, ...],
+        instant: Instant,
+        token: str,
+        time_ms: int,
+        started_s: float,
+    ) -> Snapshot:
+        request = self._request
+        configs = {**self._machine.configs, **request.configs}
+        records = tuple(self._store.config(name, content) for name, content in configs.items())
+        return self._session.commit(
+            Manifest(
+                namespace=request.namespace,
+                vm=request.vm,
+                time_ms=time_ms,
+                sequence=0,
+                disks=disks,
+                configs=records,
+                labels=tuple(request.labels),
+                notes=request.notes,
+                host=request.host,
+                program=request.program,
+                stats=self._store.stats(round((self._clock.monotonic_s() - started_s) * 1000)),
+                live=LiveOrigin(
+                    mode=self._machine.mode,
+                    qemu=self._machine.version,
+                    frozen=instant.frozen,
+                    note=instant.note,
+                    bitmap=token,
+                    increments=tuple(plan.disk.name for plan in plans if plan.based_on.is_increment),
+                ),
+            )
+        )
+
+    def _remove_bitmaps(self, token: str) -> None:
+        """No snapshot is going to name them. If that fails, the next backup finds that they are of no use."""
+        if token:
+            with contextlib.suppress(CasbackupError):
+                cleanup.remove_bitmaps(self._machine.qmp, token)
+
+    def _remove_stale_bitmaps(self, plans: Sequence[_Plan], token: str) -> None:
+        with contextlib.suppress(CasbackupError):
+            for plan in plans:
+                names = bitmaps.stale(plan.disk, self._target, [token])
+                cleanup.remove_named_bitmaps(self._machine.qmp, plan.disk.node, names)
+
+
+class _Feed:
+    """What the source gives, counted and checked, into the assembler."""
+
+    def __init__(self, assembler: Assembler, sink: IncrementSink, plans: Sequence[_Plan]) -> None:
+        self._assembler = assembler
+        self._sink = sink
+        self._plans = plans
+        self._coverage = [Coverage(plan.disk.size_bytes) for plan in plans]
+        self.read_bytes = 0
+
+    def write(self, disk: str, offset: int, data: memoryview) -> None:
+        number = int(disk)
+        self._cover(number, offset, len(data))
+        self.read_bytes += len(data)
+        self._assembler.put(number, offset, data)
+
+    def zero(self, disk: str, offset: int, length: int) -> None:
+        number = int(disk)
+        self._cover(number, offset, length)
+        self._sink.note_zeros(number, offset, length)
+        self._assembler.zeros(number, offset, length)
+
+    def require_complete(self) -> None:
+        """:raise BackupBroken: when something of a disk that is read in full never came."""
+        for plan, coverage in zip(self._plans, self._coverage, strict=True):
+            if plan.base is None and not coverage.is_complete:
+                gap = next(coverage.missing())
+                raise BackupBroken(f"{plan.disk.name}: {gap.length} bytes from {gap.offset} never came")
+
+    def _cover(self, number: int, offset: int, length: int) -> None:
+        """:raise BackupBroken: when something comes a second time: which of them is right?"""
+        if self._coverage[number].add(offset, length):
+            raise BackupBroken(f"{self._plans[number].disk.name}: {length} bytes at {offset} came twice")
+
+
+def _expected_bytes(plan: _Plan, target: str) -> int:
+    if plan.based_on.token is None:
+        return plan.disk.size_bytes
+    name = bitmaps.bitmap_name(target, plan.based_on.token)
+    return next(bitmap.dirty_bytes for bitmap in plan.disk.bitmaps if bitmap.name == name)
