@@ -66,7 +66,8 @@ class LocalPeer:
 
     def remove(self, snapshots: Sequence[Snapshot]) -> None:
         self.repository.require_writable()
-        self.repository.catalog.remove(snapshots)
+        if snapshots:
+            self.repository.catalog.remove(snapshots)
 
     def usage(self, groups: Sequence[Sequence[Snapshot]]) -> UsageReport:
         return usage_of(self.repository, groups)

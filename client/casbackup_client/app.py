@@ -92,16 +92,20 @@ class App:
         with Repository.open(self.folder_path, read_only=read_only) as repository:
             yield repository
 
+    def require_folder(self, what: str) -> None:
+        """:raise NeedsFolder: when the repository is on a server."""
+        path = self.repository_path
+        if is_address(path):
+            raise NeedsFolder(f"{what} works on the repository's folder, and {path} is on a server")
+
     @property
     def folder_path(self) -> str:
         """The repository's path, for what works on its folder.
 
         :raise NeedsFolder: when the repository is on a server.
         """
-        path = self.repository_path
-        if is_address(path):
-            raise NeedsFolder(f"this works on the repository's folder, and {path} is on a server")
-        return path
+        self.require_folder("this command")
+        return self.repository_path
 
     @contextlib.contextmanager
     def peer(self) -> Iterator[Peer]:

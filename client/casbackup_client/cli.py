@@ -53,6 +53,7 @@ SECTIONS: dict[str, dict[str, Entry]] = {
     },
     "Administer": {
         "serve": Entry("serve:serve", "Serve repositories over HTTP."),
+        "token": Entry("token:token", "Manage who may use a repository over HTTP."),
         "migrate": Entry("migrate:migrate", "Bring a repository to the current format."),
         "sessions": Entry("sessions:sessions", "List or abort backups that are under way or were interrupted."),
         "completion": Entry("about:completion", "Print a shell's completion script."),

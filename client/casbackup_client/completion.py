@@ -29,16 +29,16 @@ def profiles(incomplete: str) -> list[str]:
 
 def vms(app: App, incomplete: str) -> list[str]:
     found: set[str] = set()
-    with _silently(), app.repository() as repository:
-        found = {snapshot.manifest.vm for snapshot in repository.catalog.survey(app.namespace)[0]}
+    with _silently(), app.peer() as peer:
+        found = {snapshot.manifest.vm for snapshot in peer.survey(app.namespace)[0]}
     return sorted(name for name in found if name.startswith(incomplete))
 
 
 def references(app: App, incomplete: str) -> list[str]:
     """VMs, and ids once some digits are there. Times are not offered: shells break words at their colons."""
     found: set[str] = set()
-    with _silently(), app.repository() as repository:
-        for snapshot in repository.catalog.survey(app.namespace)[0]:
+    with _silently(), app.peer() as peer:
+        for snapshot in peer.survey(app.namespace)[0]:
             found |= {
                 snapshot.manifest.vm,
                 snapshot.id[: max(_ID_DIGITS, len(incomplete))] if incomplete else "",

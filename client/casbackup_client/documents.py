@@ -513,6 +513,9 @@ class RepairDocument(TypedDict):
 
     restored_manifests: int
     healed_blobs: int
+    fetched_blobs: int
+    """With ``--from``: what the other repository gave."""
+    fetched_bytes: int
     moved_blobs: int
     """Sound ones, moved out of packs with damage."""
     lost_blobs: int
@@ -610,6 +613,42 @@ class AbortDocument(TypedDict):
     """Printed by ``sessions abort``."""
 
     aborted: str
+
+
+class TokenDocument(TypedDict):
+    """Who may do what with a repository over HTTP."""
+
+    id: str
+    name: str
+    rights: list[str]
+    namespaces: list[str]
+    """Patterns, as those of VMs."""
+    vms: list[str]
+    isolated: bool
+    created: str
+    expires: str | None
+    used: str | None
+    """When it was last seen to be used, to the minute."""
+
+
+class TokensDocument(TypedDict):
+    """Printed by ``token list``."""
+
+    tokens: list[TokenDocument]
+
+
+class TokenResultDocument(TypedDict):
+    """Printed by ``token revoke``."""
+
+    token: TokenDocument
+
+
+class NewTokenDocument(TypedDict):
+    """Printed by ``token create`` and ``token rotate``."""
+
+    token: TokenDocument
+    secret: str
+    """What a client shows; it cannot be had again."""
 
 
 class SessionDocument(TypedDict):

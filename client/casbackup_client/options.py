@@ -144,3 +144,11 @@ def reference_argument(name: str = "reference", *, metavar: str = "REF") -> Call
 def vm_argument(name: str = "vm", *, metavar: str = "VM", nargs: int = 1) -> Callable[[F], F]:
     """A VM, or with ``nargs`` -1 any number of them."""
     return click.argument(name, metavar=metavar, nargs=nargs, required=nargs > 0, shell_complete=_complete_vm)
+
+
+class CommandGroup(click.Group):
+    """A command with commands of its own: its help lists them, then the global options."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        self.format_commands(ctx, formatter)
+        write_options(self, ctx, formatter)

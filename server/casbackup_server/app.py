@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator
 
 import structlog
@@ -17,6 +18,8 @@ from casbackup_server.served import Server
 
 _LOOK_S = 5.0
 """How often silent sessions are looked for."""
+_LOOKS_A_NOTE = 12
+"""How many such looks pass before the last use of tokens is written down."""
 
 _log = structlog.get_logger("casbackup.server")
 
@@ -26,13 +29,14 @@ def create_app(server: Server) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        task = asyncio.create_task(_park_silent(server))
+        task = asyncio.create_task(_look_after(server))
         try:
             yield
         finally:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+            server.gate.note_used()
 
     app = FastAPI(
         title="casbackup",
@@ -58,9 +62,12 @@ def _v1() -> APIRouter:
     return router
 
 
-async def _park_silent(server: Server) -> None:
-    while True:
+async def _look_after(server: Server) -> None:
+    """What is to be done now and then."""
+    for look in itertools.count(1):
         await asyncio.sleep(_LOOK_S)
         for served in server.repositories.values():
             for session in await server.threads.run(served.live.park_silent):
                 _log.warning("session parked: nothing was heard of its client", session=session, repository=served.name)
+        if look % _LOOKS_A_NOTE == 0:
+            await server.threads.run(server.gate.note_used)

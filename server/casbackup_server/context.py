@@ -38,6 +38,10 @@ class Context:
     served: Served
     access: Access
 
+    def note(self, event: str, **about: object) -> None:
+        """A line for the audit log."""
+        self.server.audit.note(event, token=self.access.name, repository=self.served.name, **about)
+
 
 async def _context(request: Request, repository: RepositoryName) -> Context:
     server: Server = request.app.state.server

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import structlog
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from casbackup.errors import RequestRefused, ServerFault
@@ -20,6 +21,8 @@ MIN_BYTES_PER_S = 1024
 """A body that comes more slowly than this, after the first pause's length, is refused."""
 
 _UPLOADS = "/records"
+_NOBODY_LISTENS = 499
+"""For the log: the client went away before it was answered."""
 
 _log = structlog.get_logger("casbackup.request")
 
@@ -48,12 +51,17 @@ class _Request:
         self._received = self._sent = 0
         self._status = 0
         self._body_ended = False
+        self._patience = asyncio.timeout(None)
 
     async def run(self) -> None:
         try:
             await self._answer()
         except RequestRefused as refusal:
             await self._refuse(refusal)
+        except TimeoutError:
+            await self._refuse(Refusal(408, RequestRefused(f"nothing came for {BODY_PAUSE_S:.0f} s")))
+        except ClientDisconnect:
+            self._status = self._status or _NOBODY_LISTENS
         except Exception:  # noqa: BLE001  the edge of the process
             _log.exception("request failed", **self._about())
             await self._refuse(ServerFault("the server met an error that it did not expect; its log has more"))
@@ -64,15 +72,15 @@ class _Request:
         declared = dict(self._scope["headers"]).get(b"content-length")
         if declared is not None and int(declared) > self._limit:
             raise RequestRefused(f"a request of {int(declared)} bytes is more than {self._limit}")
-        await self._app(self._scope, self._guarded_receive, self._counted_send)
+        async with asyncio.timeout(None) as self._patience:
+            await self._app(self._scope, self._guarded_receive, self._counted_send)
 
     async def _guarded_receive(self) -> Message:
         if self._body_ended:
             return await self._receive()
-        try:
-            message = await asyncio.wait_for(self._receive(), BODY_PAUSE_S)
-        except TimeoutError:
-            raise Refusal(408, RequestRefused(f"nothing came for {BODY_PAUSE_S:.0f} s")) from None
+        self._patience.reschedule(asyncio.get_running_loop().time() + BODY_PAUSE_S)
+        message = await self._receive()
+        self._patience.reschedule(None)
         if message["type"] == "http.request":
             self._received += len(message.get("body", b""))
             self._body_ended = not message.get("more_body", False)

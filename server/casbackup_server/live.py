@@ -11,16 +11,17 @@ import contextlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from casbackup.errors import CasbackupError, SessionBusy, SessionDetached, SessionNotFound
-from casbackup.ids import Namespace, SessionId, VmName
+from casbackup.ids import BlobId, Namespace, SessionId, VmName
 from casbackup.repository.catalog import Snapshot
 from casbackup.repository.repository import Repository
 from casbackup.repository.sessions import Session, reading
 from casbackup.spec.manifest import Manifest
 from casbackup.spec.record import Record
+from casbackup_server.isolation import OwnBlobs, own_blobs
 
 SILENCE_S = 45.0
 """A session is parked, and a reading ended, whose client was silent for so long."""
@@ -45,18 +46,32 @@ class LiveSession:
     _durable: threading.Lock = field(default_factory=threading.Lock)
     _stored: int = 0
     _flushed: int = 0
+    own: OwnBlobs | None = None
+    """What an isolated client may be told about; made when the first one asks."""
 
-    def store(self, records: Sequence[Record]) -> list[bool]:
-        """Store what is not stored yet, durably; tells of each record whether it was new.
+    def missing(self, ids: Sequence[BlobId], own: OwnBlobs | None) -> set[BlobId]:
+        """Those that must be sent; with ``own``, all that is not of it, stored or not."""
+        missing = self.session.missing(ids)
+        return missing if own is None else missing | own.strangers(ids)
+
+    def store(self, records: Sequence[Record], own: OwnBlobs | None) -> list[bool]:
+        """Store what is not stored yet, durably; tells of each record whether it was new: to all, or to ``own``.
 
         :raise ClosureViolation, DataDamage: for a bad node; what stands before it is stored.
         """
+        if own is None:
+            return self._store(records)
+        own.check_nodes(records)
+        ids = [record.id for record in records]
+        new = _first_of(own.strangers(ids), ids)
+        self._store(records)
+        own.add(ids)
+        return new
+
+    def _store(self, records: Sequence[Record]) -> list[bool]:
         with self._append:
-            missing = self.session.missing([record.id for record in records])
-            new: list[bool] = []
-            for record in records:
-                new.append(record.id in missing)
-                missing.discard(record.id)
+            ids = [record.id for record in records]
+            new = _first_of(self.session.missing(ids), ids)
             try:
                 self.session.send([record for record, is_new in zip(records, new, strict=True) if is_new])
             finally:
@@ -77,7 +92,9 @@ class LiveSession:
 @dataclass(slots=True)
 class _Reading:
     stack: contextlib.ExitStack
+    snapshot: Snapshot
     heard_s: float
+    own: OwnBlobs | None = None
 
 
 class LiveSessions:
@@ -89,6 +106,8 @@ class LiveSessions:
         self._lock = threading.Lock()
         self._attaching = threading.Lock()
         """Held while a session is opened or resumed, so that the same request made twice at once does it once."""
+        self._owning = threading.Lock()
+        """Held while the blobs of a VM are collected, which takes a while: once is enough."""
         self._sessions: dict[SessionId, LiveSession] = {}
         self._committed: OrderedDict[tuple[SessionId, str], Snapshot] = OrderedDict()
         self._readings: dict[str, _Reading] = {}
@@ -170,6 +189,26 @@ class LiveSessions:
             else:
                 live.session.park()
 
+    def own(self, live: LiveSession) -> OwnBlobs:
+        """The blobs of the session's VM."""
+        with self._owning:
+            if live.own is None:
+                snapshots, _ = self._repository.catalog.survey(live.namespace, live.vm)
+                live.own = own_blobs(self._repository, snapshots)
+            return live.own
+
+    def own_of_readings(self, reading_ids: Iterable[str]) -> list[OwnBlobs]:
+        """The blobs of the snapshots that are read; readings that are none count for nothing."""
+        found: list[OwnBlobs] = []
+        for reading_id in reading_ids:
+            with self._lock:
+                item = self._readings.get(reading_id)
+            with self._owning:
+                if item is not None:
+                    item.own = item.own or own_blobs(self._repository, [item.snapshot])
+                    found.append(item.own)
+        return found
+
     def owner(self, session_id: SessionId) -> tuple[Namespace, VmName]:
         """:raise SessionNotFound: when there is no such session."""
         with self._repository.index.read() as txn:
@@ -203,7 +242,7 @@ class LiveSessions:
             stack.enter_context(reading(self._repository, snapshot))
             with self._lock:
                 if reading_id not in self._readings:
-                    self._readings[reading_id] = _Reading(stack.pop_all(), self._now_s())
+                    self._readings[reading_id] = _Reading(stack.pop_all(), snapshot, self._now_s())
 
     def end_reading(self, reading_id: str) -> None:
         """Ending what has ended is not an error."""
@@ -240,6 +279,16 @@ class LiveSessions:
 
     def count(self) -> int:
         return len(self._sessions)
+
+
+def _first_of(wanted: set[BlobId], ids: Sequence[BlobId]) -> list[bool]:
+    """Of each id whether it is wanted, and here for the first time."""
+    left = set(wanted)
+    flags: list[bool] = []
+    for blob_id in ids:
+        flags.append(blob_id in left)
+        left.discard(blob_id)
+    return flags
 
 
 def _require_same(live: LiveSession, attachment: str) -> None:

@@ -12,12 +12,14 @@ import uvicorn
 from casbackup.errors import Interrupted, UsageError
 from casbackup.limits import MAX_UPLOADING_BYTES
 from casbackup_server.app import create_app
+from casbackup_server.audit import Audit
 from casbackup_server.budget import ByteBudget
-from casbackup_server.gate import Gate, OpenGate
+from casbackup_server.gate import Gate, OpenGate, TokenGate
 from casbackup_server.protocol import PatientProtocol
 from casbackup_server.served import Server, opened
 from casbackup_server.settings import Settings
 from casbackup_server.threads import Threads
+from casbackup_server.tokens import TokenFile
 
 _KEEP_ALIVE_S = 75
 _GRACE_S = 30
@@ -57,21 +59,26 @@ def run(settings: Settings) -> None:
     :raise RepositoryError: when a repository cannot be opened. :raise UsageError: when the settings are not safe.
     """
     listen = parse_listen(settings.listen)
-    gate = _gate(settings, listen)
-    with opened({name: item.path for name, item in settings.repositories.items()}) as served:
-        server = Server(served, gate, Threads(), ByteBudget(MAX_UPLOADING_BYTES))
+    require_safe(settings, listen)
+    paths = {name: item.path for name, item in settings.repositories.items()}
+    with contextlib.closing(Audit(settings.audit_log)) as audit, opened(paths) as served:
+        server = Server(served, _gate(settings, audit), audit, Threads(), ByteBudget(MAX_UPLOADING_BYTES))
         _log.info("serving", listen=settings.listen, repositories=sorted(served), tls=settings.tls is not None)
         with contextlib.suppress(KeyboardInterrupt, Interrupted):  # uvicorn raises the signal once more when it is done
             uvicorn.Server(_config(server, settings, listen)).run()
     _log.info("stopped")
 
 
-def _gate(settings: Settings, listen: Listen) -> Gate:
+def require_safe(settings: Settings, listen: Listen) -> None:
+    """:raise UsageError: when strangers could do what they like."""
+    if settings.insecure_no_auth and not listen.is_loopback:
+        raise UsageError(f"--insecure-no-auth is for loopback addresses; {listen.host} is none")
+
+
+def _gate(settings: Settings, audit: Audit) -> Gate:
     if settings.insecure_no_auth:
-        if not listen.is_loopback:
-            raise UsageError(f"--insecure-no-auth is for loopback addresses; {listen.host} is none")
         return OpenGate()
-    return OpenGate()
+    return TokenGate({name: TokenFile(item.path) for name, item in settings.repositories.items()}, audit)
 
 
 def _config(server: Server, settings: Settings, listen: Listen) -> uvicorn.Config:

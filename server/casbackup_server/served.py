@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from casbackup.peer.local import LocalPeer
 from casbackup.repository.repository import Repository
+from casbackup_server.audit import Audit
 from casbackup_server.budget import ByteBudget
 from casbackup_server.gate import Gate
 from casbackup_server.live import LiveSessions
@@ -30,6 +31,7 @@ class Server:
 
     repositories: Mapping[str, Served]
     gate: Gate
+    audit: Audit
     threads: Threads
     uploading: ByteBudget
 

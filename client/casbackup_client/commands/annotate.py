@@ -17,10 +17,8 @@ def pin(app: App, reference: str, remove: bool) -> None:
     """Protect a snapshot: neither `forget` nor a retention policy removes it until the pin is removed."""
     from casbackup_client.documenting import snapshot_document
 
-    with app.repository() as repository:
-        repository.require_writable()
-        snapshot = repository.catalog.find(reference, app.namespace)
-        changed = repository.catalog.annotate(snapshot, pinned=not remove)
+    with app.peer() as peer:
+        changed = peer.annotate(peer.find(reference, app.namespace), pinned=not remove)
     app.output.result(
         {"snapshot": snapshot_document(changed)},
         lambda: [f"{changed.reference} is {'pinned' if changed.pinned else 'not pinned'}"],
@@ -50,13 +48,12 @@ def label(
         raise UsageError("nothing to change: give --add, --remove, --set or --notes")
     if replacement and (add or remove):
         raise UsageError("--set replaces all labels; it does not go with --add and --remove")
-    with app.repository() as repository:
-        repository.require_writable()
-        snapshot = repository.catalog.find(reference, app.namespace)
+    with app.peer() as peer:
+        snapshot = peer.find(reference, app.namespace)
         labels = None
         if add or remove or replacement:
             labels = changed_labels(snapshot.labels, add, remove, replacement)
-        changed = repository.catalog.annotate(snapshot, labels=labels, notes=_checked_notes(notes))
+        changed = peer.annotate(snapshot, labels=labels, notes=_checked_notes(notes))
     app.output.result(
         {"snapshot": snapshot_document(changed)},
         lambda: [f"{changed.reference} has labels: {', '.join(changed.labels) or 'none'}"],

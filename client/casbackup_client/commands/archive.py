@@ -21,7 +21,7 @@ from casbackup.errors import (
 from casbackup_client.app import App
 from casbackup_client.archives import PIPE, CountedSource, opened_input
 from casbackup_client.commands.export import format_options
-from casbackup_client.options import command, global_options, pass_app, write_options
+from casbackup_client.options import CommandGroup, command, global_options, pass_app
 from casbackup_client.views import counted
 
 if TYPE_CHECKING:
@@ -44,15 +44,7 @@ _SALVAGED_FORMAT = "vma"
 _REPORT_NAME = "report.json"
 
 
-class _Group(click.Group):
-    """Lists its own commands, then the global options."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        self.format_commands(ctx, formatter)
-        write_options(self, ctx, formatter)
-
-
-@click.group("archive", cls=_Group)
+@click.group("archive", cls=CommandGroup)
 @global_options
 def archive() -> None:
     """Look at archives of other formats, take them apart, convert them: no repository is needed.

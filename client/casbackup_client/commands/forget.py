@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from casbackup.errors import DataDamage, ManifestDamaged, SnapshotNotFound, SnapshotPinned, UsageError
+from casbackup.errors import DataDamage, ManifestDamaged, RightMissing, SnapshotNotFound, SnapshotPinned, UsageError
 from casbackup_client.app import App
 from casbackup_client.options import command, dry_run_option, pass_app
 from casbackup_client.views import counted
 
 if TYPE_CHECKING:
+    from casbackup.peer.api import Peer
     from casbackup.repository.catalog import Snapshot
-    from casbackup.repository.repository import Repository
     from casbackup.repository.retention import Decision, KeepPolicy
     from casbackup_client.documents import ForgetDocument
     from casbackup_client.views import View
@@ -59,18 +59,19 @@ def forget(app: App, /, what: tuple[str, ...], everything: bool, dry_run: bool, 
     snapshots and a VM's latest one are always kept. The space is freed by `gc`, or at once with --gc.
     """
     policy = _policy(keep)
-    with app.repository() as repository:
-        if not dry_run:
-            repository.require_writable()
-        decisions = _decide(app, repository, what, policy, everything=everything)
+    if with_gc:
+        app.require_folder("forget --gc")
+    with app.peer() as peer:
+        decisions = _decide(app, peer, what, policy, everything=everything)
         removed = [decision.snapshot for decision in decisions if not decision.keep]
-        freed_bytes = _freed(repository, removed)
+        freed_bytes = _freed(peer, removed)
         document = _document(decisions, freed_bytes, dry_run=dry_run)
-        if not dry_run and removed:
-            repository.catalog.remove(removed)
-        if with_gc and not dry_run:
-            from casbackup_client.commands.gc import run_gc
+        if not dry_run:
+            peer.remove(removed)
+    if with_gc and not dry_run:
+        from casbackup_client.commands.gc import run_gc
 
+        with app.repository() as repository:
             document["gc"] = run_gc(app, repository, dry_run=False)
     app.output.result(document, lambda: _view(document, with_kept=dry_run or app.verbose), essential=dry_run)
 
@@ -82,7 +83,7 @@ def _policy(keep: dict[str, int]) -> KeepPolicy | None:
 
 
 def _decide(
-    app: App, repository: Repository, what: Sequence[str], policy: KeepPolicy | None, *, everything: bool
+    app: App, peer: Peer, what: Sequence[str], policy: KeepPolicy | None, *, everything: bool
 ) -> list[Decision]:
     """What becomes of the snapshots in question.
 
@@ -91,17 +92,18 @@ def _decide(
     if policy is not None and everything:
         raise UsageError("--all does not go with rules: it keeps nothing")
     if policy is not None:
+        from casbackup.clock import SystemClock
         from casbackup.repository.retention import plan_forget
         from casbackup_client.localtime import LocalZone
 
-        snapshots = _of_vms(app, repository, what)
-        return plan_forget(snapshots, policy, LocalZone(), now_ms=repository.clock.now_ms())
+        snapshots = _of_vms(app, peer, what)
+        return plan_forget(snapshots, policy, LocalZone(), now_ms=SystemClock().now_ms())
     if everything:
-        return _all_of(app, repository, what)
-    return _named(app, repository, what)
+        return _all_of(app, peer, what)
+    return _named(app, peer, what)
 
 
-def _of_vms(app: App, repository: Repository, names: Sequence[str]) -> list[Snapshot]:
+def _of_vms(app: App, peer: Peer, names: Sequence[str]) -> list[Snapshot]:
     """All snapshots of these VMs of the namespace; without names, of all.
 
     :raise SnapshotNotFound: when one of them has none, for that is probably a slip of the pen.
@@ -113,24 +115,24 @@ def _of_vms(app: App, repository: Repository, names: Sequence[str]) -> list[Snap
             raise UsageError(f"{name!r} is a snapshot: rules and --all are about whole VMs, such as vm/100")
     vms = [parse_vm(name) for name in dict.fromkeys(names)]
     if not vms:
-        return repository.catalog.all(app.namespace)
-    found = {vm: repository.catalog.all(app.namespace, vm) for vm in vms}
+        return peer.snapshots(app.namespace)
+    found = {vm: peer.snapshots(app.namespace, vm) for vm in vms}
     for vm, snapshots in found.items():
         if not snapshots:
             raise SnapshotNotFound(f"there is no snapshot of {vm} in namespace {app.namespace}")
     return [snapshot for snapshots in found.values() for snapshot in snapshots]
 
 
-def _all_of(app: App, repository: Repository, names: Sequence[str]) -> list[Decision]:
+def _all_of(app: App, peer: Peer, names: Sequence[str]) -> list[Decision]:
     from casbackup.repository.retention import PINNED, Decision
 
     if not names:
         raise UsageError("--all needs the names of the VMs whose snapshots shall go")
-    snapshots = _of_vms(app, repository, names)
+    snapshots = _of_vms(app, peer, names)
     return [Decision(s, s.pinned, PINNED if s.pinned else "all of the VM's") for s in snapshots]
 
 
-def _named(app: App, repository: Repository, references: Sequence[str]) -> list[Decision]:
+def _named(app: App, peer: Peer, references: Sequence[str]) -> list[Decision]:
     """:raise SnapshotPinned: when one of them is pinned; nothing is removed then."""
     from casbackup.repository.retention import Decision
 
@@ -141,7 +143,7 @@ def _named(app: App, repository: Repository, references: Sequence[str]) -> list[
             raise UsageError(
                 f"what of {reference}? Give --keep-... rules, --all, or a snapshot such as {reference}@latest"
             )
-    found = {s.id: s for s in (repository.catalog.find(reference, app.namespace) for reference in references)}
+    found = {s.id: s for s in (peer.find(reference, app.namespace) for reference in references)}
     for snapshot in found.values():
         if snapshot.pinned:
             raise SnapshotPinned(f"{snapshot.reference} is pinned")
@@ -152,17 +154,15 @@ def _is_vm(text: str) -> bool:
     return "@" not in text and (text.startswith("vm/") or ":vm/" in text)
 
 
-def _freed(repository: Repository, removed: list[Snapshot]) -> int | None:
-    """What removing them frees; None when damage keeps that from being known, which must not keep them from
-    being removed.
+def _freed(peer: Peer, removed: list[Snapshot]) -> int | None:
+    """What removing them frees; None when damage, or a missing right, keeps that from being known, which must not
+    keep them from being removed.
     """
     if not removed:
         return 0
-    from casbackup.repository.accounting import account
-
     try:
-        return account(repository).usage(removed).unique_bytes
-    except (DataDamage, ManifestDamaged):
+        return peer.usage([removed]).groups[0].unique_bytes
+    except (DataDamage, ManifestDamaged, RightMissing):
         return None
 
 

@@ -25,7 +25,7 @@ def init(app: App, compression_level: int | None) -> None:
     from casbackup.repository.repository import Repository
     from casbackup_client.documenting import repository_document
 
-    with Repository.create(app.repository_path, compression_level=compression_level) as repository:
+    with Repository.create(app.folder_path, compression_level=compression_level) as repository:
         document = repository_document(repository)
     app.output.result(
         {"repository": document},

@@ -28,7 +28,7 @@ def _plan(app: App) -> MigrateDocument:
     from casbackup.fs import RealFileSystem
     from casbackup_migrations.plan import plan_migration
 
-    plan = plan_migration(app.repository_path, RealFileSystem())
+    plan = plan_migration(app.folder_path, RealFileSystem())
     return {
         "dry_run": True,
         "from_format": plan.from_format,
@@ -44,7 +44,7 @@ def _execute(app: App) -> MigrateDocument:
     from casbackup_migrations.execute import execute_migration
 
     with app.progress() as progress:
-        report = execute_migration(app.repository_path, RealFileSystem(), SystemClock(), progress)
+        report = execute_migration(app.folder_path, RealFileSystem(), SystemClock(), progress)
     return {
         "dry_run": False,
         "from_format": report.from_format,

@@ -7,22 +7,14 @@ from typing import TYPE_CHECKING
 import click
 
 from casbackup_client.app import App
-from casbackup_client.options import command, global_options, pass_app, write_options
+from casbackup_client.options import CommandGroup, command, global_options, pass_app
 
 if TYPE_CHECKING:
     from casbackup.repository.sessions import SessionRow
     from casbackup_client.views import View
 
 
-class _Group(click.Group):
-    """Lists its own commands, then the global options."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        self.format_commands(ctx, formatter)
-        write_options(self, ctx, formatter)
-
-
-@click.group("sessions", cls=_Group, invoke_without_command=True)
+@click.group("sessions", cls=CommandGroup, invoke_without_command=True)
 @global_options
 @click.pass_context
 def sessions(context: click.Context) -> None:

@@ -37,8 +37,8 @@ def snapshots(
     from casbackup_client.documenting import snapshot_document
 
     wanted = {parse_vm(name) for name in (*vms, *more_vms)}
-    with app.repository() as repository:
-        found, damaged = repository.catalog.survey(None if all_namespaces else app.namespace)
+    with app.peer() as peer:
+        found, damaged = peer.survey(None if all_namespaces else app.namespace)
     chosen = [
         snapshot
         for snapshot in found
@@ -79,8 +79,8 @@ def show(app: App, reference: str) -> None:
     """Show all about a snapshot: its disks, configs, labels and notes, and what making it took."""
     from casbackup_client.documenting import snapshot_document
 
-    with app.repository() as repository:
-        snapshot = repository.catalog.find(reference, app.namespace)
+    with app.peer() as peer:
+        snapshot = peer.find(reference, app.namespace)
     app.output.result({"snapshot": snapshot_document(snapshot)}, lambda: _details(snapshot))
 
 

@@ -12,9 +12,8 @@ from casbackup_client.options import command, pass_app, vm_argument
 
 if TYPE_CHECKING:
     from casbackup.ids import Namespace, VmName
-    from casbackup.repository.accounting import Accounting
+    from casbackup.peer.api import Peer
     from casbackup.repository.catalog import Snapshot
-    from casbackup.repository.repository import Repository
     from casbackup_client.documents import StatsDocument, UsageDocument
     from casbackup_client.views import View
 
@@ -31,50 +30,44 @@ def stats(app: App, vms: tuple[str, ...], all_namespaces: bool) -> None:
     are named. The totals are always those of the whole repository.
     """
     from casbackup.ids import parse_vm
-    from casbackup.repository.accounting import account
 
     wanted = {parse_vm(name) for name in vms}
-    with app.repository() as repository:
-        accounting = account(repository)
-        chosen = _chosen(accounting.snapshots, None if all_namespaces else app.namespace, wanted)
-        document = _document(repository, accounting, chosen)
+    with app.peer() as peer:
+        chosen = _chosen(peer.snapshots(None if all_namespaces else app.namespace), wanted)
+        document = _document(peer, chosen)
     app.output.result(document, lambda: _view(document, with_snapshots=bool(wanted) or app.verbose))
 
 
-def _chosen(snapshots: object, namespace: Namespace | None, vms: set[VmName]) -> list[Snapshot]:
+def _chosen(snapshots: list[Snapshot], vms: set[VmName]) -> list[Snapshot]:
     """:raise SnapshotNotFound: when a VM that was named has none."""
-    chosen = [
-        s
-        for s in snapshots  # type: ignore[attr-defined]
-        if namespace in (None, s.manifest.namespace) and (not vms or s.manifest.vm in vms)
-    ]
+    chosen = [s for s in snapshots if not vms or s.manifest.vm in vms]
     for vm in sorted(vms - {s.manifest.vm for s in chosen}):
         raise SnapshotNotFound(f"there is no snapshot of {vm}")
     return chosen
 
 
-def _document(repository: Repository, accounting: Accounting, chosen: list[Snapshot]) -> StatsDocument:
+def _document(peer: Peer, chosen: list[Snapshot]) -> StatsDocument:
     from casbackup_client.documenting import usage_document
 
     groups: dict[tuple[Namespace, VmName], list[Snapshot]] = {}
     for snapshot in chosen:
         groups.setdefault((snapshot.manifest.namespace, snapshot.manifest.vm), []).append(snapshot)
+    report = peer.usage([*([snapshot] for snapshot in chosen), *groups.values()])
+    of_snapshots, of_vms = report.groups[: len(chosen)], report.groups[len(chosen) :]
     return {
-        "snapshots": [{"snapshot": s.reference, "id": s.id, **usage_document(accounting.usage([s]))} for s in chosen],
-        "vms": [
-            {
-                "namespace": namespace,
-                "vm": vm,
-                "snapshots": len(group),
-                **usage_document(accounting.usage(group)),
-            }
-            for (namespace, vm), group in groups.items()
+        "snapshots": [
+            {"snapshot": s.reference, "id": s.id, **usage_document(usage)}
+            for s, usage in zip(chosen, of_snapshots, strict=True)
         ],
-        "total": usage_document(accounting.total()),
-        "dedup_factor": round(accounting.dedup_factor, 3),
-        "compression_factor": round(accounting.compression_factor, 3),
-        "packs_bytes": sum(info.size_bytes for info in repository.store.storage.list()),
-        "index_bytes": repository.index.size_bytes(),
+        "vms": [
+            {"namespace": namespace, "vm": vm, "snapshots": len(group), **usage_document(usage)}
+            for ((namespace, vm), group), usage in zip(groups.items(), of_vms, strict=True)
+        ],
+        "total": usage_document(report.total),
+        "dedup_factor": round(report.dedup_factor, 3),
+        "compression_factor": round(report.compression_factor, 3),
+        "packs_bytes": report.packs_bytes,
+        "index_bytes": report.index_bytes,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from casbackup.errors import RequestRefused, ServerProtocolError
@@ -61,15 +61,12 @@ async def body_of_length(request: Request, size: int) -> bytearray:
     """
     buffer = bytearray(size)
     position = 0
-    try:
-        async for piece in request.stream():
-            end = position + len(piece)
-            if end > size:
-                break
-            buffer[position:end] = piece
-            position = end
-    except ClientDisconnect:
-        position = -1
+    async for piece in request.stream():
+        end = position + len(piece)
+        if end > size:
+            break
+        buffer[position:end] = piece
+        position = end
     if position != size:
         raise ServerProtocolError("the body of the request was cut off")
     return buffer

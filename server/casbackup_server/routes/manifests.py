@@ -84,6 +84,7 @@ async def annotate(context: Ctx, asked: Annotation) -> Response:
     def work() -> bytes:
         snapshot = _own(context, [asked.id])[0]
         changed = context.served.peer.annotate(snapshot, pinned=asked.pinned, labels=asked.labels, notes=asked.notes)
+        context.note("snapshot changed", snapshot=changed.reference, id=changed.id, changes=_changes(asked))
         return frame_of(context.served.repository, changed)
 
     return Binary(await context.server.threads.run(work))
@@ -98,9 +99,15 @@ async def forget(context: Ctx, asked: Forget) -> Forgotten:
         present = visible(context)
         snapshots = _own(context, [text for text in asked.ids if SnapshotId(text) in present])
         context.served.peer.remove(snapshots)
+        for snapshot in snapshots:
+            context.note("snapshot forgotten", snapshot=snapshot.reference, id=snapshot.id)
         return len(snapshots)
 
     return Forgotten(removed=await context.server.threads.run(work))
+
+
+def _changes(asked: Annotation) -> dict[str, object]:
+    return asked.model_dump(exclude={"id"}, exclude_none=True)
 
 
 def _own(context: Context, ids: list[str]) -> list[Snapshot]:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 from starlette.responses import StreamingResponse
 
-from casbackup.errors import DataDamage, SnapshotNotFound
+from casbackup.errors import BlobMissing, DataDamage, SnapshotNotFound
 from casbackup.fs import Buffer
 from casbackup.ids import BlobId, SnapshotId
 from casbackup.limits import MAX_QUESTION_IDS
@@ -67,11 +67,25 @@ async def fetch(context: Ctx, request: Request, readings: Readings = None) -> Re
     """The records of blobs. Who decodes them verifies them."""
     context.access.require(Right.RESTORE)
     ids = list(dict.fromkeys(unpack_ids(await body_of(request, MAX_QUESTION_IDS * 32))))
-    return StreamingResponse(_stream(context, ids), media_type=BINARY)
+    ids, hidden = await context.server.threads.run(partial(_told_apart, context, ids, readings))
+    return StreamingResponse(_stream(context, ids, hidden), media_type=BINARY)
 
 
-async def _stream(context: Context, ids: list[BlobId]) -> AsyncIterator[bytes]:
+def _told_apart(context: Context, ids: list[BlobId], readings: str | None) -> tuple[list[BlobId], bytes]:
+    """What may be given, and what is said of the rest: an isolated client gets what its readings are about."""
+    if not context.access.grant.isolated:
+        return ids, b""
+    hidden = set(ids)
+    for own in context.served.live.own_of_readings((readings or "").split(",")):
+        hidden &= own.strangers(ids)
+    lost = [encode_lost(i, BlobMissing(f"blob {i.hex()[:16]} is not in the repository")) for i in ids if i in hidden]
+    return [blob_id for blob_id in ids if blob_id not in hidden], b"".join(lost)
+
+
+async def _stream(context: Context, ids: list[BlobId], first: bytes) -> AsyncIterator[bytes]:
     """A thread gathers each piece; between pieces a slow client keeps none."""
+    if first:
+        yield first
     pieces = _pieces(context, ids)
     while piece := await context.server.threads.run(lambda: next(pieces, b"")):
         yield piece

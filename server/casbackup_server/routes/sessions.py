@@ -16,6 +16,7 @@ from casbackup.spec.manifest import Manifest, Sidecar, decode_manifest, decode_s
 from casbackup.spec.wire import decode_snapshots, pack_flags, pack_ids, unpack_ids
 from casbackup_server.arrival import check_draft, check_manifest, check_texts, verified_records
 from casbackup_server.context import Attachment, Context, Ctx, SessionPath
+from casbackup_server.isolation import OwnBlobs
 from casbackup_server.known import known_nodes
 from casbackup_server.live import LiveSession
 from casbackup_server.problems import Refusal, responses
@@ -50,7 +51,9 @@ async def open_session(context: Ctx, asked: OpenSession) -> SessionOpened:
     namespace, vm = parse_namespace(asked.namespace), parse_vm(asked.vm)
     context.access.require(Right.BACKUP, namespace, vm)
     work = partial(context.served.live.open, namespace, vm, asked.attachment)
-    return SessionOpened(id=await context.server.threads.run(work))
+    session = await context.server.threads.run(work)
+    context.note("session opened", session=session, namespace=namespace, vm=vm)
+    return SessionOpened(id=session)
 
 
 @router.post("/{session}/resume", responses=responses(404, 409))
@@ -100,7 +103,7 @@ async def missing(context: Ctx, session: SessionPath, attachment: Attachment, re
         ids = unpack_ids(body)
         with context.served.live.using(SessionId(session), attachment) as live:
             context.access.require(Right.BACKUP, live.namespace, live.vm)
-            absent = live.session.missing(ids)
+            absent = live.missing(ids, _own(context, live))
         return pack_flags([blob_id in absent for blob_id in ids])
 
     return Binary(await context.server.threads.run(work))
@@ -122,7 +125,7 @@ async def records(context: Ctx, session: SessionPath, attachment: Attachment, re
     def work() -> bytes:
         with context.served.live.using(SessionId(session), attachment) as live:
             context.access.require(Right.BACKUP, live.namespace, live.vm)
-            return pack_flags(_stored(live, body))
+            return pack_flags(_stored(context, live, body))
 
     async with context.server.uploading.taken(size):
         body = await body_of_length(request, size)
@@ -144,6 +147,7 @@ async def commit(context: Ctx, session: SessionPath, attachment: Attachment, req
         context.access.require(Right.BACKUP, draft.namespace, draft.vm)
         prepare = partial(_prepared, context, draft)
         snapshot = context.served.live.commit(SessionId(session), attachment, prepare)
+        context.note("snapshot committed", session=session, snapshot=snapshot.reference, id=snapshot.id)
         return frame_of(context.served.repository, snapshot)
 
     return Binary(await context.server.threads.run(work))
@@ -164,10 +168,14 @@ async def adopt(context: Ctx, session: SessionPath, attachment: Attachment, requ
         for right in (Right.BACKUP, Right.PRUNE):  # its time, number and pin are the sender's
             context.access.require(right, copied.manifest.namespace, copied.manifest.vm)
         with context.served.live.using(SessionId(session), attachment) as live:
+            own = _own(context, live)
+            if own is not None:
+                own.check_manifest(copied.manifest)
             try:
                 adopted = live.session.adopt(copied.bytes, copied.sidecar)
             except DataDamage as damage:
                 raise Refusal(422, damage) from damage
+        context.note("snapshot adopted", session=session, snapshot=adopted.reference, id=adopted.id)
         return frame_of(context.served.repository, adopted)
 
     return Binary(await context.server.threads.run(work))
@@ -188,12 +196,18 @@ async def abort(context: Ctx, session: SessionPath, attachment: Attachment) -> N
 def _end(context: Context, session: str, attachment: str, *, abort: bool) -> None:
     context.access.require(Right.BACKUP, *context.served.live.owner(SessionId(session)))
     context.served.live.end(SessionId(session), attachment, abort=abort)
+    context.note("session aborted" if abort else "session parked", session=session)
 
 
-def _stored(live: LiveSession, body: bytearray) -> list[bool]:
+def _own(context: Context, live: LiveSession) -> OwnBlobs | None:
+    """What the client may be told about; None: everything."""
+    return context.served.live.own(live) if context.access.grant.isolated else None
+
+
+def _stored(context: Context, live: LiveSession, body: bytearray) -> list[bool]:
     """Damage in what arrives is the sender's."""
     try:
-        return live.store(verified_records(body))
+        return live.store(verified_records(body), _own(context, live))
     except DataDamage as damage:
         raise Refusal(422, damage) from damage
 
@@ -215,8 +229,10 @@ def _copied(body: bytes) -> _Copied:
     """The one snapshot of a request, checked."""
     try:
         frames = list(decode_snapshots(body))
-        if len(frames) != 1 or isinstance(frames[0], ManifestDamaged):
+        if len(frames) != 1:
             raise ServerProtocolError("the request does not hold exactly one snapshot")
+        if isinstance(frames[0], ManifestDamaged):
+            raise frames[0]
         manifest, _ = decode_manifest(frames[0].manifest, "in the request")
         sidecar = decode_sidecar(frames[0].sidecar, "in the request") if frames[0].sidecar else Sidecar()
     except ManifestDamaged as damage:
@@ -229,6 +245,9 @@ def _copied(body: bytes) -> _Copied:
 def _prepared(context: Context, draft: Manifest, live: LiveSession) -> Manifest:
     """The draft, checked; time and host are the server's unless the client is trusted with them."""
     context.access.require(Right.BACKUP, live.namespace, live.vm)
+    own = _own(context, live)
+    if own is not None:
+        own.check_manifest(draft)
     try:
         check_draft(context.served.repository, draft)
     except DataDamage as damage:
