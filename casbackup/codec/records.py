@@ -144,3 +144,13 @@ def decode_record(record: Record) -> Buffer:
     :raise BlobDamaged: when they do not have it.
     """
     return decode_payload(record.id, record.kind, record.flags, record.plain_length, record.payload)
+
+
+def verified_plain(record: Record) -> Buffer:
+    """The plain bytes of a record that shall be stored as it is, for which its checksum must be right as well.
+
+    :raise BlobDamaged: when it is not, or when the bytes do not have the id.
+    """
+    if record_checksum(record.header, record.payload) != record.header[CHECKED_BYTES:]:
+        raise BlobDamaged(f"the record of blob {record.id.hex()[:16]} fails its checksum")
+    return decode_record(record)

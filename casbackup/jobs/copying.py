@@ -23,17 +23,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from casbackup.codec.hashing import record_checksum
-from casbackup.codec.records import decode_record
-from casbackup.errors import BlobDamaged, BlobMissing, DataDamage, NodeInvalid
+from casbackup.codec.records import verified_plain
+from casbackup.errors import BlobMissing, DataDamage, NodeInvalid
 from casbackup.ids import ZERO_ID, BlobId
 from casbackup.jobs.ratelimit import NO_LIMIT, RateLimit
 from casbackup.limits import MAX_LEVEL
 from casbackup.progress import NoProgress, Progress
+from casbackup.spec.manifest import Manifest
 from casbackup.spec.node import Inner, Leaf
-from casbackup.spec.record import CHECKED_BYTES, BlobKind, Record
+from casbackup.spec.record import BlobKind, Record
 from casbackup.store.blobstore import Fetched
 from casbackup.store.writer import StoredBytes
+from casbackup.tree.builder import level_of
 from casbackup.tree.reader import checked_node, span_of
 from casbackup.units import MiB
 from casbackup.workers import run_workers
@@ -84,6 +85,12 @@ class Goal(Protocol):
 
     def end(self, tally: Tally, losses: Sequence[DataDamage]) -> None:
         """All has been handed over; with ``losses``, all but what is lost, and what is above that."""
+
+
+def wanted_of(manifest: Manifest) -> list[Wanted]:
+    """All that a snapshot needs, by its roots."""
+    disks = [Wanted(d.root, level_of(d.size_bytes), span_bytes=d.size_bytes) for d in manifest.disks]
+    return disks + [Wanted(c.id, CHUNK, size_bytes=c.size_bytes) for c in manifest.configs]
 
 
 class Source(Protocol):
@@ -292,10 +299,10 @@ class Copier:
         complete: list[_Parcel] = []
         for parcel, answer in self._fetched(batch):
             try:
-                record = _sound(parcel, answer)
-                node = checked_node(decode_record(record), parcel.level)
+                record = _fitting(parcel, answer)
+                node = checked_node(verified_plain(record), parcel.level)
             except DataDamage as damage:
-                parcel.losses.append(_named(parcel, damage))
+                parcel.losses.append(damage)
                 lost.append(parcel)
             else:
                 if self._open(parcel, record, node):
@@ -322,10 +329,10 @@ class Copier:
         records: list[Record] = []
         for parcel, answer in self._fetched(batch):
             try:
-                record = _sound(parcel, answer)
-                decode_record(record)
+                record = _fitting(parcel, answer)
+                verified_plain(record)
             except DataDamage as damage:
-                parcel.losses.append(_named(parcel, damage))
+                parcel.losses.append(damage)
             else:
                 records.append(record)
                 self._count(parcel, record.total_bytes)
@@ -442,27 +449,16 @@ def _children_of(node: Inner, span_bytes: int) -> Iterator[_Child]:
         yield _Child(child, 0, part)
 
 
-def _sound(parcel: _Parcel, answer: _Answer) -> Record:
-    """The record, if it may be stored as it is; whether its content has its id is for the caller to see.
+def _fitting(parcel: _Parcel, answer: _Answer) -> Record:
+    """The record, if it is what the nodes that name it say; it is not verified yet.
 
-    :raise DataDamage: the answer itself, or what is wrong with the record.
+    :raise DataDamage: the answer itself, or when it is something else.
     """
     if isinstance(answer, DataDamage):
         raise answer
-    if record_checksum(answer.header, answer.payload) != answer.header[CHECKED_BYTES:]:
-        raise BlobDamaged("the record fails its checksum")
     if answer.kind != parcel.kind or answer.plain_length < parcel.size_bytes:
-        raise NodeInvalid("a tree node names it as something that it is not")
+        raise NodeInvalid(f"blob {parcel.id.hex()[:16]} is not what a tree node says that it is")
     return answer
-
-
-def _named(parcel: _Parcel, damage: DataDamage) -> DataDamage:
-    """The damage, with a message that says which blob it is."""
-    short = parcel.id.hex()[:16]
-    if short in str(damage):
-        return damage
-    what = "tree node" if parcel.kind == BlobKind.NODE else "blob"
-    return type(damage)(f"{what} {short}: {damage}")
 
 
 def _taken(queue: deque[_Parcel], most: int) -> list[_Parcel]:

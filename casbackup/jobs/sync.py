@@ -24,7 +24,7 @@ from casbackup.errors import (
     UsageError,
 )
 from casbackup.ids import ZERO_ID, BlobId, SnapshotId
-from casbackup.jobs.copying import CHUNK, Copier, Destination, Tally, Wanted
+from casbackup.jobs.copying import Copier, Destination, Tally, Wanted, wanted_of
 from casbackup.jobs.ratelimit import NO_LIMIT, RateLimit
 from casbackup.jobs.sync_plan import SnapshotFilter, SyncPlan, plan_sync
 from casbackup.jobs.sync_report import Outcome, SnapshotResult, SyncReport, proof_of
@@ -34,7 +34,6 @@ from casbackup.repository.catalog import Snapshot
 from casbackup.spec.manifest import Sidecar
 from casbackup.spec.record import Record
 from casbackup.store.writer import NOTHING_STORED, StoredBytes
-from casbackup.tree.builder import level_of
 
 _ATTEMPTS = 3
 """A server that was restarted may have collected what it vouched for before: then all is asked anew."""
@@ -153,7 +152,7 @@ class _Sync:
         return () if has_failed else self._plan.remove
 
     def _run(self, snapshots: Sequence[Snapshot], session: Destination, adopt: _Adopt | None) -> None:
-        roots = dict.fromkeys(wanted.id for snapshot in snapshots for wanted in _wanted(snapshot))
+        roots = dict.fromkeys(wanted.id for snapshot in snapshots for wanted in wanted_of(snapshot.manifest))
         missing = session.missing([root for root in roots if root != ZERO_ID])
         goals = [_SnapshotGoal(self._source, snapshot, adopt, self._note) for snapshot in snapshots]
         for goal in goals:
@@ -175,7 +174,7 @@ class _SnapshotGoal:
     def __init__(
         self, source: Peer, snapshot: Snapshot, adopt: _Adopt | None, note: Callable[[SnapshotResult], None]
     ) -> None:
-        self.wanted: Sequence[Wanted] = _wanted(snapshot)
+        self.wanted: Sequence[Wanted] = wanted_of(snapshot.manifest)
         self._source = source
         self._snapshot = snapshot
         self._adopt = adopt
@@ -245,12 +244,6 @@ def _session_for(destination: Peer, snapshot: Snapshot) -> Iterator[PeerSession]
             session.flush()
         session.park()
         raise
-
-
-def _wanted(snapshot: Snapshot) -> list[Wanted]:
-    manifest = snapshot.manifest
-    disks = [Wanted(disk.root, level_of(disk.size_bytes), span_bytes=disk.size_bytes) for disk in manifest.disks]
-    return disks + [Wanted(config.id, CHUNK, size_bytes=config.size_bytes) for config in manifest.configs]
 
 
 def _as_one(losses: Sequence[DataDamage]) -> DataDamage | None:
