@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 from casbackup.units import KiB, MiB
 
@@ -39,14 +38,11 @@ class BufferPool:
         ``spare_bytes``: leave so much of the limit to others. ``timeout_s`` of None waits for ever.
         """
         size = _rounded(length)
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        most = self._limit_bytes - spare_bytes - size
         with self._changed:
-            while not self._closed and self._lent_bytes + size + spare_bytes > self._limit_bytes:
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    return None
-                self._changed.wait(left)
-            if self._closed:
+            if self._lent_bytes > most and not self._closed:
+                self._changed.wait_for(lambda: self._closed or self._lent_bytes <= most, timeout_s)
+            if self._closed or self._lent_bytes > most:
                 return None
             return memoryview(self._buffer(size))[:length]
 

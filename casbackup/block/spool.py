@@ -126,7 +126,8 @@ class Spool:
         with self._changed:
             if self._failure is None:
                 self._events.append(event)
-                self._changed.notify_all()
+                if not self._consuming:
+                    self._changed.notify_all()
                 return True
         self._pool.give_back(event.room)
         return False
@@ -135,26 +136,30 @@ class Spool:
         return self._failure is not None or not (self._events or self._consuming)
 
     def _run(self) -> None:
-        while (event := self._next()) is not None:
-            try:
-                self._consume(event)
-            except CasbackupError as error:
-                self.fail(error)
-            except Exception as error:  # noqa: BLE001  whatever the consumer does, the guest goes on
-                self.fail(BackupBroken(f"the backup failed inside: {type(error).__name__}: {error}"))
-            self._pool.give_back(event.room)
+        while events := self._next():
+            for event in events:
+                if self._failure is None:
+                    self._try_to_consume(event)
+                self._pool.give_back(event.room)
 
-    def _next(self) -> _Event | None:
-        """The next event; None at the end."""
+    def _next(self) -> deque[_Event]:
+        """All events that are there, at least one; none at the end. One at a time would cost a wake-up each."""
         with self._changed:
             self._consuming = False
             if not self._events:
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._events or self._closing or self._failure is not None)
-            if self._failure is not None:
-                return None
-            self._consuming = True
-            return self._events.popleft()
+            events, self._events = self._events, deque()
+            self._consuming = bool(events)
+            return events
+
+    def _try_to_consume(self, event: _Event) -> None:
+        try:
+            self._consume(event)
+        except CasbackupError as error:
+            self.fail(error)
+        except Exception as error:  # noqa: BLE001  whatever the consumer does, the guest goes on
+            self.fail(BackupBroken(f"the backup failed inside: {type(error).__name__}: {error}"))
 
     def _consume(self, event: _Event) -> None:
         if event.zero:

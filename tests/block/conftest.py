@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -13,12 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from casbackup.block.nbd import protocol as nbd
 from casbackup.block.nbd.client import NbdClient
+from casbackup.block.nbd.uri import NbdAddress
 
 PLAIN_FLAGS = nbd.ExportFlag.HAS_FLAGS | nbd.ExportFlag.SEND_FLUSH | nbd.ExportFlag.SEND_TRIM
 CONTEXT = 7
@@ -262,3 +264,88 @@ def loop_device(tmp_path: Path) -> Iterator[Callable[[int], str]]:
     yield make
     for device in made:
         subprocess.run(["losetup", "-d", device], check=True)
+
+
+class Daemon:
+    """A qemu-storage-daemon with disks, and its monitor."""
+
+    def __init__(self, folder: Path, disks: dict[str, Path]) -> None:
+        self.events: list[dict[str, Any]] = []
+        monitor = str(folder / "qmp.sock")
+        nodes = [
+            argument
+            for name, path in disks.items()
+            for argument in (
+                "--blockdev",
+                json.dumps({"driver": "raw", "node-name": name, "file": {"driver": "file", "filename": str(path)}}),
+            )
+        ]
+        chardev = f"socket,id=monitor,path={monitor},server=on,wait=off"
+        command = ["qemu-storage-daemon", "--chardev", chardev, "--monitor", "chardev=monitor", *nodes]
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        self._stream = socket.socket(socket.AF_UNIX)
+        deadline = time.monotonic() + 10
+        while self._stream.connect_ex(monitor) != 0:
+            assert time.monotonic() < deadline and self.process.poll() is None
+            time.sleep(0.005)
+        self._file = self._stream.makefile("rw")
+        self._receive()
+        self.run("qmp_capabilities")
+
+    def run(self, command: str, **arguments: Any) -> Any:
+        plain = {name.replace("_", "-"): value for name, value in arguments.items()}
+        self._file.write(json.dumps({"execute": command, "arguments": plain}) + "\n")
+        self._file.flush()
+        while True:
+            reply = self._receive()
+            if "event" not in reply:
+                assert "error" not in reply, reply
+                return reply["return"]
+            self.events.append(reply)
+
+    def add_target(self, name: str, address: NbdAddress, **options: Any) -> None:
+        server = {"type": "unix", "path": address.socket_path}
+        self.run("blockdev-add", driver="nbd", node_name=f"to-{name}", export=name, server=server, **options)
+
+    def wait_concluded(self, job: str) -> str | None:
+        """The error of a job, when it has ended."""
+        while not any(
+            event["event"] == "JOB_STATUS_CHANGE" and event["data"] == {"id": job, "status": "concluded"}
+            for event in self.events
+        ):
+            event = self._receive()
+            assert "event" in event, event
+            self.events.append(event)
+        (error,) = (one.get("error") for one in self.run("query-jobs") if one["id"] == job)
+        self.run("job-dismiss", id=job)
+        return error
+
+    def export(self, node: str, path: Path) -> NbdAddress:
+        """Export a node for a guest."""
+        self.run("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}})
+        self.run("block-export-add", type="nbd", id="guest", node_name=node, name="guest", writable=True)
+        return NbdAddress("guest", str(path))
+
+    def close(self) -> None:
+        self._file.close()
+        self._stream.close()
+        self.process.kill()
+        self.process.wait()
+
+    def _receive(self) -> dict[str, Any]:
+        line = self._file.readline()
+        assert line, "the daemon has gone"
+        return dict(json.loads(line))
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+    need("qemu-storage-daemon")
+    with contextlib.ExitStack() as stack:
+
+        def start(**disks: Path) -> Daemon:
+            daemon = Daemon(tmp_path, disks)
+            stack.callback(daemon.close)
+            return daemon
+
+        yield start
