@@ -74,10 +74,10 @@ def text(size: int) -> bytes:
 
 
 CONTENTS = {
-    "mixed": mixed_bytes(20 * MiB + 512),
+    "mixed": mixed_bytes(9 * MiB + 512),
     "zeros": bytes(3 * MiB),
     "random": random_bytes(1 * MiB + 1024),
-    "text": text(5 * MiB),
+    "text": text(3 * MiB),
     "far repeats": far_repeats(2 * MiB),
     "by turns": b"".join(random_bytes(64 * KiB) + text(64 * KiB) + bytes(64 * KiB) for _ in range(40)),
     "empty": b"",

@@ -172,7 +172,7 @@ def test_records_that_are_none(body: bytes) -> None:
 SOUND = write_archive(TarWriter(), sample([200_000, 4096], fill=mixed_bytes))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(data=st.data(), seekable=st.booleans())
 def test_bytes_that_changed(data: st.DataObject, seekable: bool) -> None:
     """Headers that are right as such but say something else: the checksum is made to hold again."""

@@ -55,7 +55,7 @@ def run(*command: str | Path) -> str:
 
 
 CONTENTS = {
-    "mixed": mixed_bytes(40 * MiB + 512),
+    "mixed": mixed_bytes(9 * MiB + 512),
     "zeros": bytes(3 * MiB),
     "random": random_bytes(1 * MiB + 1024),
     "one sector": b"x" * 512,
@@ -344,7 +344,7 @@ def test_what_is_not_read(header: Header) -> None:
 SOUND = written(mixed_bytes(1 * MiB))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data(), seekable=st.booleans())
 def test_bytes_that_changed(data: st.DataObject, seekable: bool) -> None:
     damaged = bytearray(SOUND)
