@@ -174,6 +174,9 @@ def examine_header(data: bytes) -> tuple[Header, list[Problem]]:
     """Take a header apart. ``data``: all of it, at least FIXED_BYTES. The problems are in the order of checking."""
     _magic, version, uuid, time_s, checksum, blob_offset, blob_size, size = vma.HEADER.unpack_from(data)
     problems = [problem] if (problem := _opening_problem(data)) else []
+    if not problems and size != len(data):
+        text = f"the header says that it has {size} bytes, and {len(data)} are there before the first extent"
+        problems.append(Problem("header-size", text, 56))
     if vma.header_checksum(data) != checksum:
         problems.append(Problem("header-checksum", "the checksum of the header is wrong", vma.MD5_OFFSET))
     if version != vma.VERSION:
