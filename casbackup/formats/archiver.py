@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from casbackup.errors import CasbackupError, TargetClosed, ToolFailed
+from casbackup.errors import CasbackupError, Interrupted, TargetClosed, ToolFailed
 from casbackup.formats.child import Child
 from casbackup.formats.port import ByteSource, ByteTarget
 from casbackup.formats.source import DescriptorSource
@@ -19,7 +19,8 @@ NAME = "the archiver"
 def archiver_target(command: str) -> Iterator[ByteTarget]:
     """The standard input of a shell's command line. Its standard output is ours.
 
-    An error within the context is reported to it, so that it does not take what it got for all. It must end well.
+    An error within the context is reported to it, so that it does not take what it got for all, and it has a few
+    seconds to tidy up; an interruption ends it at once. It must end well.
 
     :raise ToolFailed: when it ends before the stream does, or fails; with the last it said.
     """
@@ -30,9 +31,14 @@ def archiver_target(command: str) -> Iterator[ByteTarget]:
             child.close_input()
         except TargetClosed as error:
             raise ToolFailed(child.ended() or f"{NAME} ended before the stream did") from error
+        except Interrupted:
+            raise
         except CasbackupError as error:
-            with contextlib.suppress(TargetClosed):
-                report_error(target, str(error))
+            if child.is_reading():
+                with contextlib.suppress(TargetClosed):
+                    report_error(target, str(error))
+            child.close_input()
+            child.wait()
             raise
         if (failure := child.ended()) is not None:
             raise ToolFailed(failure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import threading
@@ -53,11 +54,10 @@ class Child:
             raise ToolMissing(f"{name} is not installed") from error
         except OSError as error:
             raise ToolFailed(f"{name} cannot be started: {error.strerror}") from error
-        child = cls(process, name)
         try:
-            yield child
+            yield cls(process, name)
         finally:
-            child._end(whole_group=is_shell)
+            _end(process, whole_group=is_shell)
 
     @property
     def input(self) -> BinaryIO:
@@ -74,6 +74,15 @@ class Child:
         with contextlib.suppress(BrokenPipeError):
             self.input.close()
 
+    def is_reading(self) -> bool:
+        """Some kilobytes can be written to it without waiting, within a few seconds."""
+        return bool(select.select([], [self.input], [], _PATIENCE_S)[1])
+
+    def wait(self) -> None:
+        """Give it a few seconds to end by itself."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_PATIENCE_S)
+
     def ended(self) -> str | None:
         """Wait for its end; None if it ended well, else how it failed and the last that it said."""
         status = self._process.wait()
@@ -86,30 +95,28 @@ class Child:
 
     def _keep_tail(self) -> None:
         assert self._process.stderr is not None
-        descriptor = self._process.stderr.fileno()
-        with contextlib.suppress(OSError, ValueError):
-            while data := os.read(descriptor, _READ_BYTES):
+        with self._process.stderr as pipe:
+            while data := os.read(pipe.fileno(), _READ_BYTES):
                 self._tail = (self._tail + data)[-_TAIL_BYTES:]
 
-    def _end(self, *, whole_group: bool) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        if self._process.poll() is None:
-            self._signal(signal.SIGTERM, whole_group)
-            try:
-                self._process.wait(_PATIENCE_S)
-            except subprocess.TimeoutExpired:
-                self._signal(signal.SIGKILL, whole_group)
-                self._process.wait()
-        self._reader.join(_PATIENCE_S)
-        if self._process.stderr is not None:
-            self._process.stderr.close()
 
-    def _signal(self, number: signal.Signals, whole_group: bool) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            if whole_group:
-                os.killpg(self._process.pid, number)
-            else:
-                self._process.send_signal(number)
+def _end(process: subprocess.Popen[bytes], *, whole_group: bool) -> None:
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+    if process.poll() is None:
+        _signal(process, signal.SIGTERM, whole_group)
+        try:
+            process.wait(_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            _signal(process, signal.SIGKILL, whole_group)
+            process.wait()
+
+
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals, whole_group: bool) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        if whole_group:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from casbackup.block.device import BlockDevice
 from casbackup.block.sparse import temporary_device
 from casbackup.formats.coverage import ArchiveCoverage
-from casbackup.formats.mapped import rounded
+from casbackup.formats.mappedstream import rounded
 from casbackup.formats.port import (
     Archive,
     ArchiveHead,
@@ -27,6 +27,7 @@ from casbackup.formats.port import (
     Event,
     Order,
 )
+from casbackup.formats.zeroruns import runs
 from casbackup.jobs.assembler import Assembler, Part
 from casbackup.limits import SEGMENT_BYTES
 from casbackup.progress import NoProgress, Progress
@@ -38,19 +39,19 @@ _GRANULE_BYTES = 64 * KiB
 def convert(
     archive: Archive,
     order: Order,
+    head: ArchiveHead,
     writer: ArchiveWriter,
     target: ByteTarget,
     *,
     spool_folder: str | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write what ``archive`` holds, which comes in ``order``. ``adapted`` has been asked.
+    """Write what ``archive`` holds, which comes in ``order``, under the ``head`` that ``adapted`` gave.
 
     :raise ArchiveDamaged: / :raise ArchiveIncomplete: when the archive is not what it should be.
     :raise TargetError: when writing fails, or a temporary file cannot be written in ``spool_folder``.
     """
     progress = progress or NoProgress()
-    head, _ = adapted(archive.head, writer)
     capabilities = writer.capabilities
     coverage = ArchiveCoverage(archive.head)
     progress.start("reading", sum(disk.size_bytes for disk in head.disks))
@@ -75,13 +76,14 @@ def convert(
     progress.finish()
 
 
-def adapted(head: ArchiveHead, writer: ArchiveWriter) -> tuple[ArchiveHead, tuple[str, ...]]:
-    """The head as the writer takes it, and the names of the configs that are left out for that.
+def adapted(head: ArchiveHead, writer: ArchiveWriter, now_s: int) -> tuple[ArchiveHead, tuple[str, ...]]:
+    """The head as the writer takes it, and the names of the configs that are left out for that. ``now_s``: the time
+    that is given to an archive that had none.
 
     :raise ArchiveLimit: when it does not take it.
     """
     left_out = () if writer.capabilities.configs else tuple(config.name for config in head.configs)
-    kept = replace(head, configs=()) if left_out else head
+    kept = replace(head, configs=() if left_out else head.configs, time_s=now_s if head.time_s is None else head.time_s)
     writer.check(kept)
     return kept, left_out
 
@@ -109,7 +111,14 @@ class _Spool:
     def take(self, events: Iterator[Event]) -> None:
         for event in events:
             if isinstance(event, Data):
-                self.device(event.disk).write(event.offset, event.data)
+                self._take_data(event)
+
+    def _take_data(self, event: Data) -> None:
+        """Zeros stay holes, so that they are none of the map's data: raw images and plain members of tar are full."""
+        view = memoryview(event.data)
+        for run in runs(view, _GRANULE_BYTES):
+            if not run.is_zero:
+                self.device(event.disk).write(event.offset + run.start, view[run.start : run.end])
 
     def give(self, writer: ArchiveWriter, target: ByteTarget, head: ArchiveHead, progress: Progress) -> None:
         """Write everything in the order of the head, each disk from its beginning to its end."""

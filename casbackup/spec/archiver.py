@@ -14,14 +14,14 @@ from __future__ import annotations
 from enum import IntEnum
 from struct import Struct
 
-from casbackup.limits import BLOCK_BYTES
 from casbackup.units import MiB
 
 MAGIC = b"casarch1"
 FRAME = Struct("<BxH4xQQ")
 MAX_HEAD_BYTES = 64 * MiB
 MAX_DATA_BYTES = 16 * MiB
-MAX_ERROR_BYTES = BLOCK_BYTES
+MAX_ERROR_BYTES = 2000
+"""So that an error fits into a pipe that has any room."""
 MAX_DISKS = 1 << 16
 
 

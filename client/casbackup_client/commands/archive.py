@@ -417,7 +417,7 @@ def convert(
     began_s = time.monotonic()
     with opened_input(path, from_format) as given:
         opened, reader = given.open()
-        head, left_out = adapted(opened.head, writer)
+        head, left_out = adapted(opened.head, writer, int(time.time()))
         with (
             archives.opened_target(target, used_compression, writer, force=force) as output,
             app.progress() as progress,
@@ -425,6 +425,7 @@ def convert(
             run_convert(
                 opened,
                 reader.capabilities.order,
+                head,
                 writer,
                 output,
                 spool_folder=spool_folder or _folder_of(target),
