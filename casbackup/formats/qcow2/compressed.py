@@ -17,10 +17,10 @@ from casbackup.formats.qcow2.compression import Compress
 from casbackup.formats.qcow2.layout import (
     COPIED,
     clusters_for,
+    empty_table,
     encode_compressed,
     padded_table,
     to_bytes,
-    zeros,
 )
 from casbackup.formats.qcow2.writer import (
     CLUSTER_BITS,
@@ -69,7 +69,7 @@ class CompressedOutput:
         if self._given_bytes < self._disk.size_bytes:
             missing = self._disk.size_bytes - self._given_bytes
             raise ArchiveIncomplete(f"disk {self._disk.name} lacks {missing} bytes")
-        l1 = zeros("Q", l1_entries(self._disk.size_bytes))
+        l1 = empty_table(l1_entries(self._disk.size_bytes))
         for index in sorted(self._tables):
             l1[index] = self._space.put_clusters(to_bytes(self._tables.pop(index))) | COPIED
         self._write_rest(padded_table(l1, CLUSTER_BYTES))
@@ -97,7 +97,7 @@ class CompressedOutput:
         index, place = divmod(cluster, L2_ENTRIES)
         table = self._tables.get(index)
         if table is None:
-            table = self._tables[index] = zeros("Q", L2_ENTRIES)
+            table = self._tables[index] = empty_table(L2_ENTRIES)
         if table[place]:
             raise ValueError(f"cluster {cluster} comes twice")
         table[place] = entry

@@ -131,8 +131,8 @@ def to_bytes(entries: array[int]) -> bytes:
     return _swapped(array(entries.typecode, entries)).tobytes()
 
 
-def from_bytes(table: Buffer, typecode: str = "Q") -> array[int]:
-    entries = array(typecode)
+def from_bytes(table: Buffer) -> array[int]:
+    entries = array("Q")
     entries.frombytes(table)
     return _swapped(entries)
 
@@ -151,8 +151,8 @@ def _sector_shift(cluster_bits: int) -> int:
     return 62 - (cluster_bits - 8)
 
 
-def zeros(typecode: str, count: int) -> array[int]:
-    return array(typecode, bytes(array(typecode).itemsize * count))
+def empty_table(entries: int) -> array[int]:
+    return array("Q", bytes(ENTRY_BYTES * entries))
 
 
 def padded_table(entries: Iterable[int], cluster_bytes: int, typecode: str = "Q") -> bytes:

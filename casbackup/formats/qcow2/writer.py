@@ -22,10 +22,10 @@ from casbackup.formats.qcow2.layout import (
     Header,
     Incompatible,
     clusters_for,
+    empty_table,
     encode_header,
     padded_table,
     to_bytes,
-    zeros,
 )
 from casbackup.formats.single import SECTOR_BYTES, sectors_for
 from casbackup.fs import Buffer
@@ -122,7 +122,7 @@ class StreamedOutput:
         self._target.write([header_of(size_bytes, l1_at * CLUSTER_BYTES, CLUSTER_BYTES, tables.refcount_table, ZLIB)])
         self._target.write([padded_table(offsets(blocks_at, tables.refcount_blocks), CLUSTER_BYTES)])
         self._write_refcounts(l2_at + len(used) + data_clusters)
-        l1 = zeros("Q", l1_entries(size_bytes))
+        l1 = empty_table(l1_entries(size_bytes))
         for number, index in enumerate(used):
             l1[index] = (l2_at + number) * CLUSTER_BYTES | COPIED
         self._target.write([padded_table(l1, CLUSTER_BYTES)])
@@ -162,11 +162,11 @@ def _used_tables(ranges: Sequence[ByteRange]) -> array[int]:
 
 def _l2_tables(ranges: Sequence[ByteRange], data_offset: int) -> Iterator[array[int]]:
     """Those with data, in order; the clusters of data lie one behind the other from ``data_offset`` on."""
-    entries, current = zeros("Q", L2_ENTRIES), -1
+    entries, current = empty_table(L2_ENTRIES), -1
     for table, first, count in _pieces(ranges):
         if table != current and current >= 0:
             yield entries
-            entries = zeros("Q", L2_ENTRIES)
+            entries = empty_table(L2_ENTRIES)
         current = table
         end = data_offset + count * CLUSTER_BYTES
         entries[first : first + count] = array("Q", range(data_offset | COPIED, end | COPIED, CLUSTER_BYTES))
