@@ -11,7 +11,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, repeat
 
 from casbackup.errors import ArchiveDamaged, ArchiveUnsupported, SourceUnreadable
 from casbackup.formats.coverage import Coverage
@@ -79,8 +79,8 @@ class VmaSalvage:
     def events(self) -> Iterator[Event]:
         """See ``SalvagedArchive``. What is lost is not given, except of a VM's state, where it is given as zeros."""
         state = _State(self._head)
-        for offset in chain(self._good, self._doubtful):
-            for event in self._events_of(offset):
+        for offset, is_doubtful in chain(zip(self._good, repeat(False)), zip(self._doubtful, repeat(True))):
+            for event in self._events_of(offset, is_shifted=is_doubtful and offset in self._short):
                 yield from state.in_order(event)
         yield from state.rest()
         self._note_missing(state)
@@ -97,7 +97,7 @@ class VmaSalvage:
         return begin
 
     def _mended_opening(self, begin: Opening) -> Opening | None:
-        """With the one flipped bit of the header put right."""
+        """With what can be put right in the header put right."""
         size = vma.HEADER.unpack_from(begin.data)[-1] if len(begin.data) >= vma.FIXED_BYTES else 0
         for length in dict.fromkeys((size, begin.extents_at)):
             if vma.FIXED_BYTES < length <= min(_MAX_MENDED_BYTES, len(begin.data)):
@@ -204,14 +204,13 @@ class VmaSalvage:
 
     # --- the second pass
 
-    def _events_of(self, offset: int) -> Iterator[Event]:
+    def _events_of(self, offset: int, *, is_shifted: bool) -> Iterator[Event]:
         extent = self._extent_at(offset)
         length = self._short.get(offset, extent.mask_blocks * vma.BLOCK_BYTES)
         for slot in extent.slots:
             problem = slot_problem(slot, self._places.get(device_of(slot)))
             if problem is not None:
                 self._note(problem[0], f"{problem[1]} (cluster {cluster_of(slot)})", offset, device_of(slot))
-        is_shifted = offset in self._short and offset in self._doubtful
         data = self._window.read(offset + vma.EXTENT_BYTES, length)
         repeated_bytes = 0
         for piece in pieces_of(extent.slots, self._places):

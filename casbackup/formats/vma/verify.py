@@ -191,18 +191,19 @@ class _Verification:
         )
 
     def _slack(self, found: Found, data: memoryview) -> Iterator[Finding]:
-        """What is stored of a device's last block beyond its end must be zero."""
+        """What is stored of a device's last cluster beyond the device's end must be zero."""
         position = 0
         for slot in found.extent.slots:
             place, mask = self._places.get(device_of(slot)), mask_of(slot)
-            if place is not None and not place.is_state and cluster_of(slot) == place.size_bytes // vma.CLUSTER_BYTES:
-                block, used = divmod(place.size_bytes % vma.CLUSTER_BYTES, vma.BLOCK_BYTES)
-                before = (mask & ((1 << block) - 1)).bit_count() * vma.BLOCK_BYTES
-                end = position + mask.bit_count() * vma.BLOCK_BYTES
-                start = position + before + (used if mask >> block & 1 else 0)
-                if not is_zero(data[start:end]):
-                    yield self._at("slack", "there is data beyond the end of the device", found, slot, Severity.WARNING)
-            position += mask.bit_count() * vma.BLOCK_BYTES
+            end = position + mask.bit_count() * vma.BLOCK_BYTES
+            if place is not None and not place.is_state:
+                cluster, used_bytes = divmod(place.size_bytes, vma.CLUSTER_BYTES)
+                if used_bytes and cluster == cluster_of(slot):
+                    start = position + _stored_bytes(mask, used_bytes)
+                    if not is_zero(data[start:end]):
+                        text = "there is data beyond the end of the device"
+                        yield self._at("slack", text, found, slot, Severity.WARNING)
+            position = end
 
     # --- the end
 
@@ -240,3 +241,10 @@ class _Verification:
 
 def _error(code: str, text: str, offset: int | None) -> Finding:
     return Finding(Severity.ERROR, code, text, offset)
+
+
+def _stored_bytes(mask: int, length: int) -> int:
+    """How many of the first ``length`` bytes of a cluster are stored."""
+    block, rest = divmod(length, vma.BLOCK_BYTES)
+    whole = (mask & ((1 << block) - 1)).bit_count() * vma.BLOCK_BYTES
+    return whole + (rest if mask >> block & 1 else 0)

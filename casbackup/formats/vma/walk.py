@@ -48,6 +48,7 @@ class Lost(NamedTuple):
 
 
 Uuids = set[bytes] | None
+"""Those of extents to look for; None: any."""
 
 SECOND_ARCHIVE = "second-archive"
 
@@ -74,6 +75,7 @@ class Opening:
 
     @property
     def uuids(self) -> set[bytes]:
+        """For ``walk``; without a header it learns the uuid from the first extent."""
         return {self.header.uuid} if self.header is not None else set()
 
 

@@ -20,7 +20,10 @@ class Window:
         self._source = source
         self._buffer = bytearray(_STEP_BYTES)
         self._start = self._length = 0
-        self._end: int | None = source.size_bytes if source.seekable else None
+        self._end: int | None = None
+        if source.seekable:
+            source.seek(0)
+            self._end = source.size_bytes
         self.damage: ArchiveDamaged | None = None
 
     @property
