@@ -63,7 +63,8 @@ def test_importing_the_registry_loads_no_format() -> None:
     code = (
         "import sys, casbackup.formats.registry as r; assert 'casbackup.formats.vma' not in sys.modules;"
         "r.format_names(); assert 'casbackup.formats.vma' not in sys.modules;"
-        "r.format_by_name('vma'); assert 'casbackup.formats.tar' not in sys.modules"
+        "r.format_by_name('vma'); assert 'casbackup.formats.tar' not in sys.modules;"
+        "r.recognise(b'VMA\\0', '/x/y.vma.zst'); assert 'casbackup.formats.tar' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

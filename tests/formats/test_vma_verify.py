@@ -219,6 +219,13 @@ def test_unknown_version(basic_vma: bytes) -> None:
     assert codes(bytes(data)) == ["header-version"]
 
 
+@pytest.mark.parametrize("size", [0, 12_288, 100_000_000, 0xFFFF_FFFF])
+def test_second_archive_whose_header_is_no_good(basic_vma: bytes, size: int) -> None:
+    second = bytearray(basic_vma)
+    struct.pack_into(">I", second, 56, size)
+    assert codes(basic_vma + bytes(second))[0] == "junk"
+
+
 # --- helpers
 
 

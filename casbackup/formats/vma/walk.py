@@ -177,17 +177,26 @@ def _is_boundary(window: Window, keep_from: int | None, offset: int) -> bool:
 
 def _lost(window: Window, offset: int, text: str, uuids: Uuids) -> Lost:
     begin = bytes(window.read(offset, vma.FIXED_BYTES))
-    if begin.startswith(vma.MAGIC) and len(begin) == vma.FIXED_BYTES:
-        size = vma.HEADER.unpack_from(begin)[-1]
-        data = bytes(window.read(offset, size)) if vma.FIXED_BYTES < size <= vma.MAX_HEADER_BYTES else b""
-        if len(data) == size and vma.header_checksum(data) == vma.HEADER.unpack_from(data)[4]:
-            return Lost(offset, size, SECOND_ARCHIVE, "another archive begins here")
+    header_bytes = _sound_header_bytes(window, offset, begin)
+    if header_bytes:
+        return Lost(offset, header_bytes, SECOND_ARCHIVE, "another archive begins here")
     place = _next_extent(window, offset + 1, None, uuids)
     end = place if place is not None else window.end or offset
     if begin.startswith(vma.EXTENT_MAGIC):
         return Lost(offset, end - offset, "extent-damaged", text)
     where = "follow the last extent" if place is None else "stand between two extents"
     return Lost(offset, end - offset, "trailing-data" if place is None else "junk", f"bytes that are no extent {where}")
+
+
+def _sound_header_bytes(window: Window, offset: int, begin: bytes) -> int:
+    """The size of the archive header that is there, ``begin`` being its beginning; 0 if there is none."""
+    if not begin.startswith(vma.MAGIC) or len(begin) < vma.FIXED_BYTES:
+        return 0
+    *_, checksum, _, _, size = vma.HEADER.unpack_from(begin)
+    if not vma.FIXED_BYTES < size <= vma.MAX_HEADER_BYTES:
+        return 0
+    data = window.read(offset, size)
+    return size if len(data) == size and vma.header_checksum(data) == checksum else 0
 
 
 def _next_extent(window: Window, offset: int, stop: int | None, uuids: Uuids) -> int | None:
