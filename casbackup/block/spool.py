@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 from casbackup.block.buffers import BufferPool
 from casbackup.errors import BackupBroken, CasbackupError
+from casbackup.limits import SINK_MEMORY_BYTES
 
 BACKGROUND_SHARE = 0.5
 """Of the memory, so much at the most is taken by the background, so that a guest's write finds room."""
@@ -40,7 +41,7 @@ class _Event(NamedTuple):
 class Spool:
     """Hands events of several disks to one consumer. Any number of threads may put events in."""
 
-    def __init__(self, consumer: Consumer, *, limit_bytes: int) -> None:
+    def __init__(self, consumer: Consumer, *, limit_bytes: int = SINK_MEMORY_BYTES) -> None:
         """Starts the thread that calls ``consumer``. ``limit_bytes``: of the memory for data not yet consumed.
 
         :raise ValueError: for a limit below 2 MiB.

@@ -16,10 +16,18 @@ from hypothesis import strategies as st
 
 from casbackup.block.align import Aligned
 from casbackup.block.device import BlockDevice, read_bytes
+from casbackup.block.filters.check_write import CheckWrite
+from casbackup.block.filters.copy_on_read import CopyOnRead
+from casbackup.block.filters.overlay import Overlay
+from casbackup.block.filters.window import Window
 from casbackup.block.guard import Guarded
 from casbackup.block.memory import MemoryDevice
 from casbackup.block.nbd.client import NbdClient
+from casbackup.block.nbd.exports import Export
+from casbackup.block.nbd.server import NbdServer
+from casbackup.block.nbd.uri import NbdAddress
 from casbackup.block.rawfile import RawFile
+from casbackup.block.sparse import SparseMemory, temporary_device
 from casbackup.testing.block import check_extents
 
 SIZE = 300_001
@@ -40,7 +48,16 @@ steps = st.builds(
 )
 
 
-@pytest.fixture(params=["memory", "blocks", "raw file", "nbdkit", "nbdkit without extras"])
+FILTERS: dict[str, Callable[[], BlockDevice]] = {
+    "overlay": lambda: Overlay(MemoryDevice(b"\xaa" * SIZE, writable=False), SparseMemory(SIZE)),
+    "overlay in a file": lambda: Overlay(MemoryDevice(b"\xaa" * SIZE, writable=False), temporary_device(SIZE)),
+    "copy-on-read": lambda: CopyOnRead(MemoryDevice(b"\xaa" * SIZE), SparseMemory(SIZE)),
+    "check-write": lambda: CheckWrite(Overlay(MemoryDevice(SIZE), SparseMemory(SIZE)), MemoryDevice(SIZE)),
+    "window": lambda: Window(MemoryDevice(SIZE + 20_000), 4096, SIZE),
+}
+
+
+@pytest.fixture(params=["memory", "blocks", *FILTERS, "raw file", "server", "nbdkit", "nbdkit without extras"])
 def opened(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> Iterator[Callable[[], contextlib.AbstractContextManager[BlockDevice]]]:
@@ -48,6 +65,12 @@ def opened(
         yield lambda: MemoryDevice(SIZE)
     elif request.param == "blocks":
         yield blocks
+    elif request.param in FILTERS:
+        yield FILTERS[request.param]
+    elif request.param == "server":
+        with NbdServer([Export("", lambda: Guarded(MemoryDevice(SIZE)))]) as server:
+            address = server.listen(NbdAddress(socket_path=str(tmp_path / "nbd.sock")))
+            yield lambda: NbdClient.connect(address)
     elif request.param == "raw file":
         path = tmp_path / "disk.raw"
         path.touch()

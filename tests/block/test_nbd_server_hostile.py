@@ -22,6 +22,7 @@ from casbackup.block.nbd.exports import Export
 from casbackup.block.nbd.protocol import Command, Errno
 from casbackup.block.nbd.server import NbdServer
 from casbackup.block.nbd.uri import NbdAddress
+from casbackup.block.sparse import SparseMemory
 from casbackup.limits import MAX_NBD_OPTION_BYTES, MAX_NBD_OPTIONS, MAX_NBD_REQUEST_BYTES
 from casbackup.units import MiB
 
@@ -281,6 +282,22 @@ def test_requests_that_are_refused(client: Client) -> None:
         assert client.error() in (Errno.ENOSPC, Errno.EINVAL)
     client.request(Command.READ, 0, 0)
     assert client.error() == 0
+
+
+def test_a_write_that_is_too_large_though_there_is_room(tmp_path: Path) -> None:
+    large = SparseMemory(1 << 40)
+    with NbdServer([Export.of("disk", Guarded(large))]) as server:
+        address = server.listen(NbdAddress("disk", str(tmp_path / "large.sock")))
+        with socket.socket(socket.AF_UNIX) as stream:
+            stream.connect(address.socket_path or "")
+            client = Client(stream)
+            client.enter()
+            client.request(Command.WRITE, 0, MAX_NBD_REQUEST_BYTES)
+            client.send(b"x" * MAX_NBD_REQUEST_BYTES)
+            assert client.error() == 0
+            client.request(Command.WRITE, 0, MAX_NBD_REQUEST_BYTES + 1)
+            assert client.is_hung_up()
+    assert large.used_bytes() == MAX_NBD_REQUEST_BYTES
 
 
 def test_nothing_writes_to_a_readonly_export(client: Client) -> None:

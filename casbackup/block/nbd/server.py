@@ -139,6 +139,7 @@ class NbdServer(Closing):
         """Serve a new connection in a thread of its own, if there is a place for it."""
         if stream.family != socket.AF_UNIX:
             stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a client may vanish between requests
         thread = threading.Thread(target=self._serve, name="nbd-connection", daemon=True)
         with self._changed:
             if self._stopping.is_set() or len(self._connections) >= self._max_connections:

@@ -30,6 +30,7 @@ _KNOWN_FLAGS: dict[int, int] = {
     Command.FLUSH: 0,
     Command.BLOCK_STATUS: nbd.CMD_FLAG_REQ_ONE,
 }
+_WITH_DATA = (Command.READ, Command.WRITE)
 _CHANGES = (Command.WRITE, Command.WRITE_ZEROES, Command.TRIM)
 
 
@@ -111,8 +112,8 @@ class Session:
             return
         if request.command in _CHANGES and not self._device.capabilities.writable:
             raise _Refused(Errno.EPERM, "the export is read-only")
-        if request.command == Command.READ and request.length > limits.MAX_NBD_REQUEST_BYTES:
-            raise _Refused(Errno.EOVERFLOW, "more than a request may ask for")
+        if request.command in _WITH_DATA and request.length > limits.MAX_NBD_REQUEST_BYTES:
+            raise _Refused(Errno.EOVERFLOW, "more data than a request may have")
         self._check_range(request)
 
     def _check_range(self, request: _Request) -> None:
