@@ -2,7 +2,7 @@
 
 Threads decode and verify; the caller's thread writes, in one order: disk after disk, each from its beginning to its
 end. So the same snapshot gives the same bytes, wherever its chunks lie by now. Chunks are fetched for a window of
-some segments at once, in the order of the packs (``docs/decisions/0009-order-of-exports.md``).
+some segments at once, in the order of the packs (``docs/decisions/0010-order-of-exports.md``).
 """
 
 from __future__ import annotations

@@ -23,10 +23,13 @@ from casbackup.codec import hashing
 from casbackup.codec.records import encode_blob
 from casbackup.formats.qcow2 import layout as qcow2
 from casbackup.formats.vmdk import layout as vmdk
+from casbackup.formats.port import ArchiveDisk, ArchiveHead
+from casbackup.formats.stream.writer import StreamWriter
 from casbackup.ids import ZERO_ID, DiskName, Namespace, PackId, SessionId, VmName
-from casbackup.spec import indexdb, magic, manifest, node, outline, pack, record, vma
+from casbackup.spec import archiver, indexdb, magic, manifest, node, outline, pack, record, vma
 from casbackup.spec.config import ChunkerConfig, RepositoryConfig, encode_config
 from casbackup.store.packfile import encode_footer, encode_header
+from casbackup.testing.archives import MemoryTarget
 from casbackup.units import MiB
 
 PAGES = Path(__file__).parents[2] / "docs" / "spec"
@@ -58,6 +61,7 @@ def with_checksum(layout: Struct, length: int) -> list[Field]:
 
 
 LAYOUTS: dict[str, list[Field]] = {
+    "archiver frame": fields_of(archiver.FRAME),
     "pack header": with_checksum(pack._HEADER, 16),
     "record header": with_checksum(record._CHECKED, record.CHECKSUM_BYTES),
     "footer entry": fields_of(pack._ENTRY),
@@ -236,7 +240,22 @@ def cut_table_example() -> str:
     return "\n".join(" ".join(values[start : start + 20]) for start in range(0, len(values), 20))
 
 
+def stream_example() -> list[Part]:
+    """A disk of 520 bytes: a sector of zeros, and 8 bytes."""
+    target = MemoryTarget(seekable=False)
+    head = ArchiveHead((ArchiveDisk("scsi0", 520),))
+    output = StreamWriter().open(target, head)
+    output.zeros(0, 0, 512)
+    output.write(0, 512, b"the end.")
+    output.finish()
+    json_bytes = len(target.data) - len(archiver.MAGIC) - 4 * archiver.FRAME.size - 8
+    frame = archiver.FRAME.size
+    parts = [("magic", 8), ("head", frame), ("its JSON", json_bytes), ("zeros", frame)]
+    return split(bytes(target.data), *parts, ("data", frame), ("its bytes", 8), ("end", frame))
+
+
 EXAMPLES: dict[str, Callable[[], str]] = {
+    "archiver stream": lambda: hexdump(stream_example()),
     "ids": names_example,
     "keys": keys_example,
     "pack": lambda: hexdump(pack_example()),
