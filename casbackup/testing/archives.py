@@ -46,7 +46,7 @@ _MAX_READ_BYTES = 256 * MiB
 
 
 class MemorySource:
-    """A ByteSource over bytes. Without ``seekable`` it is a pipe, which gives what it has in odd pieces."""
+    """A ByteSource over bytes. Without ``seekable`` it is a pipe."""
 
     def __init__(self, data: bytes, *, seekable: bool = True, name: str = "memory") -> None:
         self._data = memoryview(data)

@@ -44,6 +44,8 @@ def configs(count: int, size: int = 1) -> tuple[ArchiveConfig, ...]:
         (ArchiveHead((replace(DISK, name=".."),)), r"'\.\.'"),
         (ArchiveHead((replace(DISK, name=""),)), "''"),
         (ArchiveHead((replace(DISK, name="a\0b"),)), r"a\\x00b"),
+        (ArchiveHead((replace(DISK, name="a\ud800"),)), "is not text"),
+        (ArchiveHead((DISK,), time_s=1 << 63), "more than 64 bits"),
         (ArchiveHead((replace(DISK, name="x" * 65_535),)), "65535 bytes; the limit is 65534"),
         (ArchiveHead((DISK, DISK)), "two disks have the name 'drive-scsi0'"),
         (ArchiveHead((replace(DISK, size_bytes=0),)), "is empty"),

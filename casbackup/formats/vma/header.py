@@ -118,9 +118,9 @@ def read_header(source: ByteSource) -> Header:
 
     :raise ArchiveDamaged: when it is not sound. :raise ArchiveUnsupported: when it is too large or of another version.
     """
-    data, problem = read_header_bytes(source)
-    if problem is not None:
-        raise problem.error(source.name)
+    data = _header_bytes(source)
+    if isinstance(data, Problem):
+        raise data.error(source.name)
     header, problems = examine_header(data)
     for problem in problems:
         if problem.fatal:
@@ -128,20 +128,20 @@ def read_header(source: ByteSource) -> Header:
     return header
 
 
-def read_header_bytes(source: ByteSource) -> tuple[bytes, Problem | None]:
-    """As much of the header as its own size says, which is not allocated before it is there; and why not all."""
+def _header_bytes(source: ByteSource) -> bytes | Problem:
+    """As much as the header's own size says; memory is not taken before the bytes are there."""
     data = _read(source, vma.FIXED_BYTES)
     if len(data) < vma.FIXED_BYTES:
-        return data, Problem("header-truncated", f"it ends within its header, after {len(data)} bytes", len(data))
+        return Problem("header-truncated", f"it ends within its header, after {len(data)} bytes", len(data))
     problem = _opening_problem(data)
     if problem is not None:
-        return data, problem
+        return problem
     size = vma.HEADER.unpack_from(data)[-1]
     data += _read(source, size - len(data))
     if len(data) < size:
         text = f"it ends within its header, after {len(data)} of {size} bytes"
-        return data, Problem("header-truncated", text, len(data))
-    return data, None
+        return Problem("header-truncated", text, len(data))
+    return data
 
 
 def _read(source: ByteSource, length: int) -> bytes:

@@ -60,6 +60,8 @@ class VmaWriter:
             raise ArchiveLimit(f"{len(head.disks)} disks; a VMA archive holds {vma.MAX_DEVICES}")
         if len(head.configs) > vma.CONFIGS:
             raise ArchiveLimit(f"{len(head.configs)} configs; a VMA archive holds {vma.CONFIGS}")
+        if head.time_s is not None and not -(1 << 63) <= head.time_s < 1 << 63:
+            raise ArchiveLimit(f"the time {head.time_s} has more than 64 bits")
         for disk in head.disks:
             _check_disk(disk)
         for config in head.configs:
@@ -73,7 +75,7 @@ class VmaWriter:
     ) -> VmaOutput:
         """See ``ArchiveWriter``."""
         self.check(head)
-        devices = assigned_devices(head.disks)
+        devices = _assigned_devices(head.disks)
         configs = [(_encoded(config.name), config.content) for config in head.configs]
         time_s = head.time_s or 0
         uuid = head.uuid or _derived_uuid(time_s, devices, configs)
@@ -104,10 +106,12 @@ def _check_name(what: str, name: str) -> None:
     """The reference program makes files of these names."""
     if name in ("", ".", "..") or any(char in name for char in "/\0\n"):
         raise ArchiveLimit(f"a {what} of a VMA archive cannot have the name {name!r}")
-    if len(_encoded(name)) >= vma.MAX_BLOB_BYTES:
-        raise ArchiveLimit(
-            f"the name of a {what} has {len(_encoded(name))} bytes; the limit is {vma.MAX_BLOB_BYTES - 1}"
-        )
+    try:
+        length = len(_encoded(name))
+    except UnicodeEncodeError as error:
+        raise ArchiveLimit(f"the name {name!r} of a {what} is not text") from error
+    if length >= vma.MAX_BLOB_BYTES:
+        raise ArchiveLimit(f"the name of a {what} has {length} bytes; the limit is {vma.MAX_BLOB_BYTES - 1}")
 
 
 def _check_distinct(what: str, names: list[str]) -> None:
@@ -127,7 +131,7 @@ def _check_header_size(head: ArchiveHead) -> None:
         )
 
 
-def assigned_devices(disks: Sequence[ArchiveDisk]) -> list[Device]:
+def _assigned_devices(disks: Sequence[ArchiveDisk]) -> list[Device]:
     """A device for each disk: with the id that it has if that can be kept, else the lowest free one. Sizes are
     rounded up to sectors: the reference program's restore loses what does not fill one.
     """
