@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from casbackup.formats.parallel import batch_of, mapped
 from casbackup.formats.port import (
     ArchiveDisk,
     ArchiveHead,
+    ByteRange,
     ByteSource,
     Data,
     Event,
@@ -42,6 +44,7 @@ from casbackup.formats.qcow2.layout import (
 )
 from casbackup.formats.reading import COPY_BYTES, disk_name, read_at, read_data
 from casbackup.formats.single import SECTOR_BYTES
+from casbackup.formats.tolerant import OnDamage, raise_damage
 from casbackup.limits import MAX_DISK_BYTES
 from casbackup.units import MiB
 
@@ -55,8 +58,11 @@ _READABLE = int(Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.COMPRES
 class Qcow2Reader:
     capabilities = ReaderCapabilities(streams=False, order=Order.ASCENDING)
 
-    def open(self, source: ByteSource) -> Qcow2Archive:
-        """:raise ArchiveUnsupported: for a pipe, a backing file, encryption, an external data file, extended L2
+    def open(self, source: ByteSource, on_damage: OnDamage = raise_damage) -> Qcow2Archive:
+        """``on_damage``: for who wants to read on.
+
+        :raise ArchiveDamaged: for a header that makes no sense.
+        :raise ArchiveUnsupported: for a pipe, a backing file, encryption, an external data file, extended L2
         entries, and features that came later.
         """
         if not source.seekable:
@@ -69,19 +75,20 @@ class Qcow2Reader:
             raise ArchiveDamaged(f"{source.name}: no header of a qcow2 image")
         _check_supported(header, source.name)
         _check_sound(header, source.name)
-        return Qcow2Archive(source, header)
+        return Qcow2Archive(source, header, on_damage)
 
 
 class Qcow2Archive:
-    def __init__(self, source: ByteSource, header: Header) -> None:
+    def __init__(self, source: ByteSource, header: Header, on_damage: OnDamage) -> None:
         self.head = ArchiveHead((ArchiveDisk(disk_name(source), header.size_bytes),))
         self._source = source
         self._header = header
+        self._on_damage = on_damage
 
     def events(self) -> Iterator[Event]:
         """:raise ArchiveDamaged: for tables that lead nowhere, and clusters that cannot be decompressed."""
         buffer = memoryview(bytearray(COPY_BYTES))
-        clusters = _Tables(self._source, self._header).clusters()
+        clusters = _Tables(self._source, self._header, self._on_damage).clusters()
         for run in _runs(clusters, 1 << self._header.cluster_bits, self._header.size_bytes):
             if run.packed:
                 yield from self._decompressed(run)
@@ -91,18 +98,27 @@ class Qcow2Archive:
                 self._source.seek(run.host)
                 yield from read_data(self._source, 0, run.offset, run.length, buffer)
 
+    def check_structures(self) -> None:
+        for _cluster in _Tables(self._source, self._header, self._on_damage).clusters():
+            pass
+
     def _decompressed(self, run: _Run) -> Iterator[Data]:
         cluster_bytes = 1 << self._header.cluster_bits
-        packed = [self._read_packed(entry) for entry in run.packed]
+        clusters = mapped(self._unpacked, [self._read_packed(entry) for entry in run.packed])
+        for offset, cluster in zip(range(run.offset, run.end, cluster_bytes), clusters, strict=True):
+            length = min(cluster_bytes, run.end - offset)
+            if isinstance(cluster, Undecompressable):
+                what = f"the cluster of byte {offset} of the disk cannot be decompressed: {cluster}"
+                self._on_damage(ArchiveDamaged(f"{self._source.name}: {what}"), ByteRange(offset, length))
+            else:
+                yield Data(0, offset, memoryview(cluster)[:length])
+
+    def _unpacked(self, packed: bytes) -> bytes | Undecompressable:
         unpack = unpack_zstd if self._header.compression == ZSTD else unpack_deflated
         try:
-            clusters = mapped(lambda data: unpack(data, cluster_bytes), packed)
+            return unpack(packed, 1 << self._header.cluster_bits)
         except Undecompressable as error:
-            raise ArchiveDamaged(
-                f"{self._source.name}: a cluster from byte {run.offset} of the disk on cannot be decompressed: {error}"
-            ) from error
-        for offset, cluster in zip(range(run.offset, run.end, cluster_bytes), clusters, strict=True):
-            yield Data(0, offset, memoryview(cluster)[: run.end - offset])
+            return error
 
     def _read_packed(self, entry: CompressedEntry) -> bytes:
         """All that is there: the last sector may reach beyond the end of the file."""
@@ -136,16 +152,23 @@ class _Run:
 
     def continues_with(self, cluster: _Cluster, batch: int) -> bool:
         """Whether the next cluster may be added; of compressed ones there are at most ``batch``."""
+        if cluster.offset != self.end:
+            return False
         if cluster.packed or self.packed:
             return bool(cluster.packed) and 0 < len(self.packed) < batch
         return cluster.host == (None if self.host is None else self.host + self.length)
 
 
+class _Overcommitted(ArchiveDamaged):
+    """The tables name more than the file has: there is no end to going on."""
+
+
 class _Tables:
     """Walks L1 and L2. No more clusters are given out than the file can hold, however often tables name them."""
 
-    def __init__(self, source: ByteSource, header: Header) -> None:
+    def __init__(self, source: ByteSource, header: Header, on_damage: OnDamage) -> None:
         self._source = source
+        self._on_damage = on_damage
         self._name = source.name
         self._bits = header.cluster_bits
         self._cluster_bytes = 1 << header.cluster_bits
@@ -157,22 +180,31 @@ class _Tables:
         self._claimed_bytes = 0
 
     def clusters(self) -> Iterator[_Cluster]:
-        """All of the disk, in order."""
+        """All of the disk, in order, without what is damaged."""
         needed = clusters_for(self._clusters, self._l2_entries)
         l1 = from_bytes(read_at(self._source, self._header.l1_offset, needed * ENTRY_BYTES, "the L1 table"))
         for index, entry in enumerate(l1):
             first = index * self._l2_entries
             count = min(self._l2_entries, self._clusters - first)
-            if entry & RESERVED_L1:
-                raise ArchiveDamaged(f"{self._name}: entry {index} of the L1 table is {entry:#x}")
-            if entry:
-                yield from self._l2_clusters(entry & OFFSET_MASK, first, count)
-            else:
+            if not entry:
                 yield _Cluster(first * self._cluster_bytes, count)
+                continue
+            try:
+                table = self._l2_table(index, entry, count)
+            except ArchiveDamaged as error:
+                self._lose(error, first, count)
+            else:
+                yield from self._l2_clusters(table, first)
 
-    def _l2_clusters(self, table_offset: int, first: int, count: int) -> Iterator[_Cluster]:
-        self._claim(table_offset, self._cluster_bytes, self._cluster_bytes, "an L2 table")
-        table = from_bytes(read_at(self._source, table_offset, count * ENTRY_BYTES, "an L2 table"))
+    def _l2_table(self, index: int, entry: int, count: int) -> array[int]:
+        """Its first ``count`` entries."""
+        if entry & RESERVED_L1:
+            raise ArchiveDamaged(f"{self._name}: entry {index} of the L1 table is {entry:#x}")
+        offset = entry & OFFSET_MASK
+        self._claim(offset, self._cluster_bytes, self._cluster_bytes, "an L2 table")
+        return from_bytes(read_at(self._source, offset, count * ENTRY_BYTES, "an L2 table"))
+
+    def _l2_clusters(self, table: array[int], first: int) -> Iterator[_Cluster]:
         unallocated = 0
         for number, entry in enumerate(table, first):
             if not entry:
@@ -181,9 +213,20 @@ class _Tables:
             if unallocated:
                 yield _Cluster((number - unallocated) * self._cluster_bytes, unallocated)
                 unallocated = 0
-            yield self._cluster(number * self._cluster_bytes, entry)
+            try:
+                cluster = self._cluster(number * self._cluster_bytes, entry)
+            except ArchiveDamaged as error:
+                self._lose(error, number, 1)
+            else:
+                yield cluster
         if unallocated:
-            yield _Cluster((first + count - unallocated) * self._cluster_bytes, unallocated)
+            yield _Cluster((first + len(table) - unallocated) * self._cluster_bytes, unallocated)
+
+    def _lose(self, error: ArchiveDamaged, first: int, count: int) -> None:
+        if isinstance(error, _Overcommitted):
+            raise error
+        start, end = first * self._cluster_bytes, (first + count) * self._cluster_bytes
+        self._on_damage(error, ByteRange(start, min(end, self._header.size_bytes) - start))
 
     def _cluster(self, offset: int, entry: int) -> _Cluster:
         if entry & COMPRESSED:
@@ -218,7 +261,7 @@ class _Tables:
     def _count(self, length: int) -> None:
         self._claimed_bytes += length
         if self._claimed_bytes > self._file_bytes:
-            raise ArchiveDamaged(f"{self._name}: its tables name the same clusters again and again")
+            raise _Overcommitted(f"{self._name}: its tables name the same clusters again and again")
 
 
 def _runs(clusters: Iterable[_Cluster], cluster_bytes: int, size_bytes: int) -> Iterator[_Run]:

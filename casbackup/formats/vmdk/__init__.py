@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from casbackup.formats.port import ArchiveFormat
+from casbackup.formats.tolerant import TolerantSalvager, TolerantVerifier
 from casbackup.formats.vmdk.layout import MAGIC
 from casbackup.formats.vmdk.reader import VmdkReader
 from casbackup.formats.vmdk.writer import VmdkWriter
@@ -14,5 +15,7 @@ FORMAT = ArchiveFormat(
     recognises=lambda beginning: beginning.startswith(MAGIC),
     reader=VmdkReader,
     writer=VmdkWriter,
+    verifier=lambda: TolerantVerifier(VmdkReader().open),
+    salvager=lambda: TolerantSalvager(VmdkReader().open),
     options=(("level", "of the compression, 1 (default, fast) to 9"),),
 )

@@ -17,6 +17,7 @@ from casbackup.formats.parallel import batch_of, mapped
 from casbackup.formats.port import (
     ArchiveDisk,
     ArchiveHead,
+    ByteRange,
     ByteSource,
     Data,
     Event,
@@ -26,6 +27,7 @@ from casbackup.formats.port import (
 )
 from casbackup.formats.reading import disk_name, drain, read_exactly, skip
 from casbackup.formats.single import SECTOR_BYTES, sectors_for
+from casbackup.formats.tolerant import OnDamage, raise_damage
 from casbackup.formats.vmdk.layout import (
     DEFLATE,
     DIRECTORY_AT_END,
@@ -55,14 +57,17 @@ _ZERO_GRAIN = 1
 class VmdkReader:
     capabilities = ReaderCapabilities(streams=True, order=Order.ANY)
 
-    def open(self, source: ByteSource) -> VmdkArchive:
-        """:raise ArchiveUnsupported: for other kinds of VMDK."""
+    def open(self, source: ByteSource, on_damage: OnDamage = raise_damage) -> VmdkArchive:
+        """``on_damage``: for who wants to read on.
+
+        :raise ArchiveDamaged: for a header that makes no sense.
+        :raise ArchiveUnsupported: for other kinds of VMDK."""
         header = parse_header(bytes(read_exactly(source, SECTOR_BYTES, "the header")))
         if header is None:
             raise ArchiveDamaged(f"{source.name}: no header of a VMDK image")
         _check_supported(header, source.name)
         _check_sound(header, source.name)
-        return VmdkArchive(source, header)
+        return VmdkArchive(source, header, on_damage)
 
 
 class _Grain(NamedTuple):
@@ -73,7 +78,7 @@ class _Grain(NamedTuple):
 
 
 class VmdkArchive:
-    def __init__(self, source: ByteSource, header: Header) -> None:
+    def __init__(self, source: ByteSource, header: Header, on_damage: OnDamage) -> None:
         self.head = ArchiveHead((ArchiveDisk(disk_name(source), header.capacity * SECTOR_BYTES),))
         self._source = source
         self._header = header
@@ -83,28 +88,43 @@ class VmdkArchive:
         self._grains = 0
         self._named = 0
         """Grains that the tables name."""
+        self._on_damage = on_damage
+        self._is_whole = True
+        """Nothing was met that makes it uncertain which grains there should be."""
+        self._skips_data = False
+        self._has_lost_track = False
 
     def events(self) -> Iterator[Event]:
         """Grains in the order of the archive, then what is zero.
 
         :raise ArchiveDamaged: for grains that cannot be, come twice or cannot be decompressed, and when any is missing.
         """
-        has_tables_in_front = SECTOR_BYTES < self._header.directory_at * SECTOR_BYTES < self._overhead_bytes
-        if has_tables_in_front:
-            self._count_tables_in_front()
-        self._skip_to(self._overhead_bytes)
         batch: list[_Grain] = []
-        for grain in self._read_grains(may_end=has_tables_in_front):
+        for grain in self._all_grains():
             batch.append(grain)
             if len(batch) == batch_of(self._grain_bytes):
                 yield from self._unpacked(batch)
                 batch = []
         yield from self._unpacked(batch)
-        if self._named != self._grains:
-            raise self._damaged(f"its tables name {self._named} grains, but {self._grains} came")
-        for gap in self._coverage.missing():
-            yield Zeros(0, gap.offset, gap.length)
+        if self._is_whole:
+            for gap in self._coverage.missing():
+                yield Zeros(0, gap.offset, gap.length)
         drain(self._source)
+
+    def check_structures(self) -> None:
+        self._skips_data = True
+        for _grain in self._all_grains():
+            pass
+
+    def _all_grains(self) -> Iterator[_Grain]:
+        """As they come; then they are counted."""
+        has_tables_in_front = SECTOR_BYTES < self._header.directory_at * SECTOR_BYTES < self._overhead_bytes
+        if has_tables_in_front:
+            self._count_tables_in_front()
+        self._skip_to(self._overhead_bytes)
+        yield from self._read_grains(may_end=has_tables_in_front)
+        if self._is_whole and self._named != self._grains:
+            self._report(f"its tables name {self._named} grains, but {self._grains} came")
 
     @property
     def _overhead_bytes(self) -> int:
@@ -116,13 +136,15 @@ class VmdkArchive:
         while (sector := self._next_sector(may_end=may_end)) is not None:
             marker = parse_marker(sector)
             if marker.size_bytes:
-                yield self._grain(marker, sector)
+                yield from self._grain(marker, sector)
             elif marker.kind == Kind.END_OF_STREAM:
                 if self._header.directory_at == DIRECTORY_AT_END and not has_footer:
-                    raise self._damaged("it ends without its footer")
+                    self._report("it ends without its footer")
                 return
-            else:
+            elif marker.kind in _KINDS:
                 has_footer |= self._read_table(marker) == Kind.FOOTER
+            else:
+                self._lose_track(f"a marker of unknown kind {marker.kind}")
 
     def _next_sector(self, *, may_end: bool) -> bytearray | None:
         sector = bytearray(SECTOR_BYTES)
@@ -130,27 +152,40 @@ class VmdkArchive:
         if not got and may_end:
             return None
         if got < SECTOR_BYTES:
-            raise self._damaged("it ends without the mark of its end")
+            self._report("it ends without the mark of its end")
+            return None
         return sector
 
-    def _grain(self, marker: Marker, sector: bytearray) -> _Grain:
+    def _grain(self, marker: Marker, sector: bytearray) -> Iterator[_Grain]:
+        """The grain behind the marker, unless it is damaged; where the marker is none, the next sector is looked at."""
         offset = marker.value * SECTOR_BYTES
         if offset % self._grain_bytes or offset >= self._size_bytes or marker.size_bytes > 2 * self._grain_bytes:
-            raise self._damaged(f"a grain of {marker.size_bytes} bytes for sector {marker.value} of the disk")
-        if self._coverage.add(offset, min(self._grain_bytes, self._size_bytes - offset)):
-            raise self._damaged(f"the grain of byte {offset} of the disk comes twice")
+            self._lose_track(f"a grain of {marker.size_bytes} bytes for sector {marker.value} of the disk")
+            return
+        if self._coverage.add(offset, self._plain_bytes(offset)):
+            self._lose_track(f"the grain of byte {offset} of the disk comes twice")
+            return
         self._grains += 1
-        stored = memoryview(bytearray(sectors_for(GRAIN_MARKER.size + marker.size_bytes) * SECTOR_BYTES))
+        self._has_lost_track = False
+        stored_bytes = sectors_for(GRAIN_MARKER.size + marker.size_bytes) * SECTOR_BYTES
+        if self._skips_data:
+            skip(self._source, stored_bytes - SECTOR_BYTES, "a grain")
+            return
+        stored = memoryview(bytearray(stored_bytes))
         stored[:SECTOR_BYTES] = sector
-        if self._source.read_into(stored[SECTOR_BYTES:]) < len(stored) - SECTOR_BYTES:
-            raise self._damaged("it ends within a grain")
-        return _Grain(offset, stored[GRAIN_MARKER.size :][: marker.size_bytes])
+        if self._source.read_into(stored[SECTOR_BYTES:]) < stored_bytes - SECTOR_BYTES:
+            self._report("it ends within a grain")
+        else:
+            yield _Grain(offset, stored[GRAIN_MARKER.size :][: marker.size_bytes])
+
+    def _plain_bytes(self, offset: int) -> int:
+        """How much of the disk the grain holds; the last one may reach beyond the end."""
+        return min(self._grain_bytes, self._size_bytes - offset)
 
     def _read_table(self, marker: Marker) -> int:
         """Count the entries of a grain table, go over everything else; returns what it was."""
+        self._has_lost_track = False
         size_bytes = marker.value * SECTOR_BYTES
-        if marker.kind not in _KINDS:
-            raise self._damaged(f"a marker of unknown kind {marker.kind}")
         if marker.kind == Kind.GRAIN_TABLE:
             self._count_table(size_bytes)
         else:
@@ -184,19 +219,32 @@ class VmdkArchive:
 
     def _unpacked(self, batch: list[_Grain]) -> Iterator[Data]:
         for grain, plain in zip(batch, mapped(self._decompress, batch), strict=True):
-            yield Data(0, grain.offset, plain)
+            if isinstance(plain, Undecompressable):
+                error = self._damaged(f"the grain of byte {grain.offset} of the disk cannot be decompressed: {plain}")
+                self._on_damage(error, ByteRange(grain.offset, self._plain_bytes(grain.offset)))
+            else:
+                yield Data(0, grain.offset, plain)
 
-    def _decompress(self, grain: _Grain) -> memoryview:
-        needed = min(self._grain_bytes, self._size_bytes - grain.offset)
+    def _decompress(self, grain: _Grain) -> memoryview | Undecompressable:
+        needed = self._plain_bytes(grain.offset)
         try:
             plain = inflate(grain.packed, self._grain_bytes, ZLIB_FORMAT)
         except Undecompressable as error:
-            raise self._damaged(
-                f"the grain of byte {grain.offset} of the disk cannot be decompressed: {error}"
-            ) from error
+            return error
         if len(plain) < needed:
-            raise self._damaged(f"the grain of byte {grain.offset} of the disk has {len(plain)} bytes")
+            return Undecompressable(f"{len(plain)} bytes instead of {needed}")
         return memoryview(plain)[:needed]
+
+    def _lose_track(self, what: str) -> None:
+        """A sector is no marker: tell it of the first of several."""
+        if not self._has_lost_track:
+            self._report(what)
+        self._has_lost_track = True
+
+    def _report(self, what: str) -> None:
+        """Damage that leaves it open which grains there should be: what did not come is not zero for sure."""
+        self._is_whole = False
+        self._on_damage(self._damaged(what), None)
 
     def _damaged(self, what: str) -> ArchiveDamaged:
         return ArchiveDamaged(f"{self._source.name}: {what} (at byte {self._source.tell()})")
