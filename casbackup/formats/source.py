@@ -17,11 +17,11 @@ from typing import Any, BinaryIO, cast
 
 from casbackup.errors import ArchiveDamaged, SourceNotFound, SourceUnreadable
 from casbackup.formats.child import Child
+from casbackup.formats.pipes import enlarge_pipe
 from casbackup.formats.port import RECOGNISE_BYTES, ByteRange, ByteSource
-from casbackup.units import KiB, MiB
+from casbackup.units import KiB
 
 STDIN = "-"
-_PIPE_BYTES = 1 * MiB
 _FEED_BYTES = 256 * KiB
 
 _ZSTD = b"\x28\xb5\x2f\xfd"
@@ -312,14 +312,6 @@ def _feeding(raw: ByteSource, child: Child) -> Iterator[None]:
     thread = threading.Thread(target=feed, name="feed", daemon=True)
     thread.start()
     yield
-
-
-def enlarge_pipe(descriptor: int) -> None:
-    """Fewer switches between the two ends; refused where the system's limits for pipes are reached."""
-    import fcntl  # noqa: PLC0415
-
-    with contextlib.suppress(OSError):
-        fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 def _opened(path: str) -> int:

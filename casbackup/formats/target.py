@@ -13,8 +13,8 @@ from casbackup.block.pending import PendingFile
 from casbackup.errors import TargetClosed, TargetFull, TargetUnwritable, ToolFailed, UsageError
 from casbackup.formats.child import Child
 from casbackup.formats.parallel import mapped
+from casbackup.formats.pipes import enlarge_pipe
 from casbackup.formats.port import ByteTarget
-from casbackup.formats.source import enlarge_pipe
 from casbackup.fs import Buffer, RealFile
 from casbackup.units import MiB
 from casbackup.workers import worker_count

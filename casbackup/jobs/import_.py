@@ -112,7 +112,11 @@ def _check_head(head: ArchiveHead) -> None:
         if len(config.content) > MAX_CONFIG_BYTES:
             raise ArchiveUnsupported(f"config {config.name!r} has more than {MAX_CONFIG_BYTES} bytes")
     names = [disk.name for disk in head.disks] + [config.name for config in head.configs]
-    if sum(len(name.encode(errors="surrogateescape")) for name in names) > MAX_ARCHIVE_NAMES_BYTES:
+    try:
+        names_bytes = sum(len(name.encode(errors="surrogateescape")) for name in names)
+    except UnicodeEncodeError as error:
+        raise ArchiveUnsupported(f"a name in the archive is not text: {error}") from error
+    if names_bytes > MAX_ARCHIVE_NAMES_BYTES:
         raise ArchiveUnsupported(f"the archive's names have more than {MAX_ARCHIVE_NAMES_BYTES} bytes")
 
 

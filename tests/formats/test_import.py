@@ -261,6 +261,7 @@ def test_archives_that_are_too_much_for_a_snapshot(peer: LocalPeer) -> None:
         ArchiveHead((disk,) * (MAX_DISKS + 1)),
         ArchiveHead((replace(disk, size_bytes=MAX_DISK_BYTES + 1),)),
         ArchiveHead((replace(disk, name="x" * 2 * MiB),)),
+        ArchiveHead((replace(disk, name="\ud800"),)),
         ArchiveHead((disk,), (ArchiveConfig("c", b""),) * 300),
         ArchiveHead((disk,), (ArchiveConfig("c", bytes(17 * MiB)),)),
     ):
