@@ -61,7 +61,7 @@ MAX_UPLOAD_BYTES = 32 * MiB
 MAX_REQUEST_BYTES = 8 * MiB
 """The largest other request: a manifest of the largest size, or a full question, fits."""
 
-UPLOADS_IN_FLIGHT = 4
+UPLOADS_IN_FLIGHT = 8
 """Requests with records that a client has under way at once."""
 
 MAX_UPLOADING_BYTES = 64 * MiB

@@ -39,8 +39,8 @@ from casbackup.tree.reader import checked_node, span_of
 from casbackup.units import MiB
 from casbackup.workers import run_workers
 
-WORKERS = 16
-"""Half of them move chunks: 8 requests of 4 MiB under way fill 1 Gbit/s with round trips of 100 ms twice."""
+WORKERS = 12
+"""With round trips of 100 ms, so many requests of 2 to 4 MiB are more than 1 Gbit/s can carry meanwhile."""
 
 GOALS_AT_ONCE = 32
 """A server is told with each request for records which snapshots are being read: so many fit."""
@@ -52,8 +52,8 @@ _ASKED = 16_384
 _LEAVES = 64
 _INNER_NODES = 32
 _CHUNKS = 128
-_CHUNKS_BYTES = 8 * MiB
-"""Content of the chunks of one request, about twice what is stored."""
+_CHUNKS_BYTES = 4 * MiB
+"""Content of the chunks of one request; less is stored and sent."""
 _ENOUGH_WAITING = 8192
 """Chunks waiting to be moved, some 300 MB: enough for the next seconds."""
 _NAMED_LOSSES = 16

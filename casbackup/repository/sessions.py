@@ -225,6 +225,7 @@ class Session:
         self._row = row
         self._lock: FileLock | None = lock
         self._writer = _SessionWriter(repository, row)
+        self._has_adopted = False
         self._commit_lock = threading.RLock()
         """No end of the session comes between a commit's look at what is stored and its manifest."""
 
@@ -334,13 +335,15 @@ class Session:
                 return adoption.write_copy(self._repository, txn, snapshot, manifest)
 
             adoption.check_roots(self._repository, decoded)
-            return self._repository.index.write(change)
+            adopted = self._repository.index.write(change)
+            self._has_adopted = True
+            return adopted
 
     def finish(self) -> None:
         """End it: what it adopted stays, what else it stored becomes garbage. Ending an ended session is harmless."""
         with self._commit_lock:
             if self._lock is not None:
-                self._writer.flush(seal=True)
+                self._writer.flush()
                 self.abort()
 
     def abort(self) -> None:
@@ -348,8 +351,10 @@ class Session:
         with self._commit_lock:
             if self._lock is None:
                 return
-            self._writer.close()
             try:
+                if self._has_adopted:
+                    self._writer.flush(seal=True)  # the pack holds what a snapshot needs
+                self._writer.close()
                 self._repository.index.write(lambda txn: self._repository.sessions.drop(txn, self.id))
             except BaseException:
                 self.park()
