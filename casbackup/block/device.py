@@ -127,12 +127,12 @@ class Closing:
 
 
 def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
-    """The same coverage with adjacent extents of a kind made one. Input must be in order, without gaps."""
+    """The same coverage with adjacent extents of a kind made one. Input must be in order; gaps stay."""
     pending: Extent | None = None
     for extent in extents:
         if pending is None:
             pending = extent
-        elif pending.zero == extent.zero:
+        elif pending.zero == extent.zero and pending.end == extent.offset:
             pending = Extent(pending.offset, pending.length + extent.length, pending.zero)
         else:
             yield pending

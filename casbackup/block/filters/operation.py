@@ -12,7 +12,3 @@ class Operation(Enum):
     DISCARD = "discard"
     FLUSH = "flush"
     EXTENTS = "extents"
-
-
-CHANGES = frozenset({Operation.WRITE, Operation.WRITE_ZEROS, Operation.DISCARD})
-"""What changes the content of a device."""

@@ -77,7 +77,7 @@ class Overlay(Filter):
 
         Made for saving: nobody should write meanwhile.
         """
-        return merged_neighbours(self._changed_extents())
+        return merged(self._changed_extents())
 
     def changed_bytes(self) -> int:
         """How much was written, in whole clusters."""
@@ -115,17 +115,3 @@ class Overlay(Filter):
         for run in self._clusters.runs(0, len(self._clusters)):
             if run.state == _CHANGED:
                 yield from self._scratch.extents(*self._clusters.span(run.first, run.stop))
-
-
-def merged_neighbours(extents: Iterator[Extent]) -> Iterator[Extent]:
-    """The same with extents of a kind that touch each other made one; gaps stay."""
-    pending: Extent | None = None
-    for extent in extents:
-        if pending is not None and pending.end == extent.offset and pending.zero == extent.zero:
-            pending = pending._replace(length=pending.length + extent.length)
-        else:
-            if pending is not None:
-                yield pending
-            pending = extent
-    if pending is not None:
-        yield pending

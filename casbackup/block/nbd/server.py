@@ -21,7 +21,7 @@ from casbackup.block.nbd.haggling import Chosen, Haggling
 from casbackup.block.nbd.session import Session
 from casbackup.block.nbd.uri import NbdAddress
 from casbackup.block.nbd.wire import Wire
-from casbackup.errors import CasbackupError, UsageError
+from casbackup.errors import CasbackupError, NbdConnectionFailed, UsageError
 
 _POLL_MS = 50
 """How soon a thread that waits for connections sees that the server stops."""
@@ -137,17 +137,21 @@ class NbdServer(Closing):
 
     def _welcome(self, stream: socket.socket, peer: str) -> None:
         """Serve a new connection in a thread of its own, if there is a place for it."""
-        if stream.family != socket.AF_UNIX:
-            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a client may vanish between requests
         thread = threading.Thread(target=self._serve, name="nbd-connection", daemon=True)
-        with self._changed:
-            if self._stopping.is_set() or len(self._connections) >= self._max_connections:
-                stream.close()
-                self._report(f"{peer}: refused, there are {self._max_connections} connections")
-                return
-            self._connections[thread] = Wire(stream, peer, self._handshake_timeout_s)
-        thread.start()
+        try:
+            if stream.family != socket.AF_UNIX:
+                stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # it may vanish between requests
+            wire = Wire(stream, peer, self._handshake_timeout_s)
+            with self._changed:
+                if len(self._connections) >= self._max_connections:
+                    raise NbdConnectionFailed(f"{peer}: refused, there are {self._max_connections} connections")
+                self._connections[thread] = wire
+                thread.start()
+        except (OSError, RuntimeError, CasbackupError) as error:  # no descriptors, no threads, no place
+            self._connections.pop(thread, None)
+            stream.close()
+            self._report(str(error))
 
     def _serve(self) -> None:
         """One connection, in its thread, from the handshake to its end."""

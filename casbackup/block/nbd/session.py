@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -99,7 +100,10 @@ class Session:
             self._skip_payload(request)
             self._refuse(request, refused)
             return
-        self._handlers[request.command](request)
+        try:
+            self._handlers[request.command](request)
+        except _Refused as refused:
+            self._fail(request, refused)
 
     def _check(self, request: _Request) -> None:
         """:raise _Refused: when the request is not allowed."""
@@ -132,7 +136,7 @@ class Session:
             self._receiver.refuse(f"{self._wire.peer}: {_name(request)} refused: {refused}")
             self._acknowledge(request)
         else:
-            self._fail(request, refused.error, str(refused))
+            self._fail(request, refused)
 
     def _skip_payload(self, request: _Request) -> None:
         """Receive what belongs to a request that is not carried out."""
@@ -143,27 +147,20 @@ class Session:
         for _offset, length in _pieces(request):
             self._wire.receive_into(self._buffer_of(length))
 
-    # --- requests; each sends its own reply
+    # --- requests; each sends its own reply, or raises _Refused when the device fails
 
     def _read(self, request: _Request) -> None:
         if not self._structured:
             self._read_simple(request)
-        elif not request.length:
-            self._send_chunk(request, nbd.CHUNK_NONE, b"", done=True)
+        elif request.length:
+            self._read_chunks(request)
         else:
-            try:
-                self._read_chunks(request)
-            except CasbackupError as error:
-                self._fail(request, _errno(error), error.message)
+            self._send_chunk(request, nbd.CHUNK_NONE, b"", done=True)
 
     def _read_simple(self, request: _Request) -> None:
         data = self._buffer_of(request.length)
-        try:
-            if request.length:
-                self._device.read_into(request.offset, data)
-        except CasbackupError as error:
-            self._fail(request, _errno(error), error.message)
-            return
+        if request.length:
+            self._read_into(request.offset, data)
         self._wire.send(nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, 0, request.cookie), data)
 
     def _read_chunks(self, request: _Request) -> None:
@@ -174,8 +171,12 @@ class Session:
                 self._send_chunk(request, nbd.CHUNK_OFFSET_HOLE, nbd.HOLE.pack(extent.offset, extent.length), done=done)
             else:
                 data = self._buffer_of(extent.length)
-                self._device.read_into(extent.offset, data)
+                self._read_into(extent.offset, data)
                 self._send_chunk(request, nbd.CHUNK_OFFSET_DATA, nbd.DATA_OFFSET.pack(extent.offset), data, done=done)
+
+    def _read_into(self, offset: int, data: memoryview) -> None:
+        with _device_errors():
+            self._device.read_into(offset, data)
 
     def _extents_to_read(self, request: _Request) -> Iterator[Extent]:
         """The range in pieces: zeros worth telling of, and data of up to 1 MiB."""
@@ -184,28 +185,40 @@ class Session:
             yield from _split(request.offset, request.end, step)
             return
         start = request.offset
-        for extent in self._device.extents(request.offset, request.length):
+        for extent in self._extents(request):
             if extent.zero and (extent.length >= _MIN_HOLE_BYTES or extent.length == request.length):
                 yield from _split(start, extent.offset, MAX_BUFFER_BYTES)
                 yield extent
                 start = extent.end
         yield from _split(start, request.end, MAX_BUFFER_BYTES)
 
+    def _extents(self, request: _Request) -> Iterator[Extent]:
+        with _device_errors():
+            yield from self._device.extents(request.offset, request.length)
+
     def _write(self, request: _Request) -> None:
         if self._receiver is not None:
             self._receive(request, self._receiver)
             self._acknowledge(request)
             return
-        failure: CasbackupError | None = None
+        failure: _Refused | None = None
         for offset, length in _pieces(request):
             data = self._buffer_of(length)
             self._wire.receive_into(data)
-            try:
-                if failure is None:
-                    self._device.write(offset, data)
-            except CasbackupError as error:
-                failure = error
-        self._finish(request, failure)
+            if failure is None:
+                failure = self._written(offset, data)
+        if failure is not None:
+            raise failure
+        self._finish(request)
+
+    def _written(self, offset: int, data: memoryview) -> _Refused | None:
+        """Write a piece; what went wrong, for the rest of the payload has to be received first."""
+        try:
+            with _device_errors():
+                self._device.write(offset, data)
+        except _Refused as refused:
+            return refused
+        return None
 
     def _receive(self, request: _Request, receiver: Receiver) -> None:
         for offset, length in _pieces(request):
@@ -219,24 +232,27 @@ class Session:
 
     def _write_zeros(self, request: _Request) -> None:
         may_trim = not request.flags & nbd.CMD_FLAG_NO_HOLE
-        self._carry_out(request, lambda: self._device.write_zeros(request.offset, request.length, may_trim=may_trim))
+        if request.length:
+            with _device_errors():
+                self._device.write_zeros(request.offset, request.length, may_trim=may_trim)
+        self._finish(request)
 
     def _trim(self, request: _Request) -> None:
-        self._carry_out(request, lambda: self._device.discard(request.offset, request.length))
+        if request.length:
+            with _device_errors():
+                self._device.discard(request.offset, request.length)
+        self._finish(request)
 
     def _flush(self, request: _Request) -> None:
-        self._carry_out(request, self._device.flush)
+        with _device_errors():
+            self._device.flush()
+        self._acknowledge(request)
 
     def _block_status(self, request: _Request) -> None:
         if self._context is None or not request.length:
-            self._fail(request, Errno.EINVAL, "no context was agreed on, or an empty range")
-            return
+            raise _Refused(Errno.EINVAL, "no context was agreed on, or an empty range")
         most = 1 if request.flags & nbd.CMD_FLAG_REQ_ONE else limits.MAX_NBD_STATUS_EXTENTS
-        try:
-            extents = list(islice(self._device.extents(request.offset, request.length), most))
-        except CasbackupError as error:
-            self._fail(request, _errno(error), error.message)
-            return
+        extents = list(islice(self._extents(request), most))
         zero = nbd.STATE_HOLE | nbd.STATE_ZERO
         descriptors = (nbd.STATUS_DESCRIPTOR.pack(extent.length, zero if extent.zero else 0) for extent in extents)
         self._send_chunk(
@@ -245,36 +261,23 @@ class Session:
 
     # --- replies
 
-    def _carry_out(self, request: _Request, call: Callable[[], None]) -> None:
-        failure: CasbackupError | None = None
-        try:
-            if request.length or request.command == Command.FLUSH:
-                call()
-        except CasbackupError as error:
-            failure = error
-        self._finish(request, failure)
-
-    def _finish(self, request: _Request, failure: CasbackupError | None) -> None:
-        """Bring it to the disk if that was asked for, and reply."""
-        try:
-            if failure is None and request.flags & nbd.CMD_FLAG_FUA and request.command in _CHANGES:
+    def _finish(self, request: _Request) -> None:
+        """The change is made: bring it to the disk if that was asked for, and say so."""
+        if request.flags & nbd.CMD_FLAG_FUA:
+            with _device_errors():
                 self._device.flush()
-        except CasbackupError as error:
-            failure = error
-        if failure is None:
-            self._acknowledge(request)
-        else:
-            self._fail(request, _errno(failure), failure.message)
+        self._acknowledge(request)
 
     def _acknowledge(self, request: _Request) -> None:
         self._wire.send(nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, 0, request.cookie))
 
-    def _fail(self, request: _Request, error: Errno, reason: str) -> None:
+    def _fail(self, request: _Request, refused: _Refused) -> None:
         if not self._structured:
-            self._wire.send(nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, error, request.cookie))
+            self._wire.send(nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, refused.error, request.cookie))
             return
-        text = reason.encode("utf-8", "replace")[: nbd.MAX_ERROR_TEXT_BYTES]
-        self._send_chunk(request, nbd.CHUNK_ERROR_PLAIN, nbd.CHUNK_ERROR.pack(error, len(text)), text, done=True)
+        text = str(refused).encode("utf-8", "replace")[: nbd.MAX_ERROR_TEXT_BYTES]
+        payload = nbd.CHUNK_ERROR.pack(refused.error, len(text)) + text
+        self._send_chunk(request, nbd.CHUNK_ERROR_PLAIN, payload, done=True)
 
     def _send_chunk(
         self, request: _Request, kind: int, start: bytes, payload: bytes | memoryview = b"", *, done: bool
@@ -291,6 +294,15 @@ class Session:
         if not self._buffer:
             self._buffer = memoryview(bytearray(MAX_BUFFER_BYTES))
         return self._buffer[:length]
+
+
+@contextlib.contextmanager
+def _device_errors() -> Iterator[None]:
+    """The device's errors, and only those: one of the connection must not be answered on it."""
+    try:
+        yield
+    except CasbackupError as error:
+        raise _Refused(_errno(error), error.message) from error
 
 
 def _pieces(request: _Request) -> Iterator[tuple[int, int]]:
