@@ -13,8 +13,10 @@ from casbackup.errors import ArchiveDamaged, ArchiveUnsupported
 from casbackup.formats.findings import Finding, Severity
 from casbackup.formats.port import Archive, ArchiveHead, ByteRange, ByteSource, Event
 
-OnDamage = Callable[[ArchiveDamaged, ByteRange | None], None]
-"""Called with what is wrong and, if that is known, which range of the only disk is lost by it."""
+OnDamage = Callable[[ArchiveDamaged, int, ByteRange | None], None]
+"""Called with what is wrong, at which byte of the archive, and, if that is known, which range of the only disk is lost
+by it.
+"""
 
 _MAX_SALVAGED_FINDINGS = 10_000
 
@@ -29,9 +31,9 @@ class TolerantArchive(Archive, Protocol):
 OpenTolerant = Callable[[ByteSource, OnDamage], TolerantArchive]
 
 
-def raise_damage(error: ArchiveDamaged, _lost: ByteRange | None) -> None:
+def raise_damage(error: ArchiveDamaged, at: int, _lost: ByteRange | None) -> None:
     """For who wants all or nothing."""
-    raise error
+    raise ArchiveDamaged(f"{error} (at byte {at})") from error
 
 
 class _Collector:
@@ -42,9 +44,9 @@ class _Collector:
         self.disk: str | None = None
         self.pending: list[Finding] = []
 
-    def take(self, error: ArchiveDamaged, lost: ByteRange | None) -> None:
+    def take(self, error: ArchiveDamaged, at: int, lost: ByteRange | None) -> None:
         text = str(error).removeprefix(f"{self._source.name}: ")
-        found = Finding(Severity.ERROR, error.code, text, self._source.tell())
+        found = Finding(Severity.ERROR, error.code, text, at)
         if lost is not None:
             found = replace(found, disk=self.disk, disk_offset=lost.offset, length=lost.length)
             last = self._last_loss()
@@ -52,6 +54,10 @@ class _Collector:
                 self.pending[-1] = replace(self.pending[-1], length=last.length + lost.length)
                 return
         self.pending.append(found)
+
+    def take_last(self, error: ArchiveDamaged) -> None:
+        """What ended the reading."""
+        self.take(error, self._source.tell(), None)
 
     def _last_loss(self) -> ByteRange | None:
         last = self.pending[-1] if self.pending else None
@@ -78,7 +84,7 @@ class TolerantVerifier:
                     yield from collector.pending[:-1]
                     del collector.pending[:-1]
         except ArchiveDamaged as error:
-            collector.take(error, None)
+            collector.take_last(error)
         yield from collector.pending
 
 
@@ -115,7 +121,7 @@ class TolerantSalvage:
                 yield event
                 del self._collector.pending[_MAX_SALVAGED_FINDINGS:]
         except ArchiveDamaged as error:
-            self._collector.take(error, None)
+            self._collector.take_last(error)
 
     def findings(self) -> Sequence[Finding]:
         return tuple(self._collector.pending)

@@ -77,6 +77,7 @@ def test_every_bad_entry_is_told(quick: bool) -> None:
         ByteRange(5 * CLUSTER, CLUSTER),
         ByteRange(9 * CLUSTER, CLUSTER),
     ]
+    assert [f.archive_offset for f in found] == [table + 8 * cluster for cluster in (1, 5, 9)]
     assert all(f.is_error and f.code == "archive-damaged" and f.disk == "memory" for f in found)
     missing, told = salvaged(qcow2.FORMAT, image)
     assert missing == lost(told) == lost(found)
@@ -128,8 +129,8 @@ def test_grains_that_are_damaged() -> None:
     offsets = []
     for place in grain_places(image)[2:9:3]:
         image[place + 12 + 100] ^= 0xFF
-        offsets.append(struct.unpack_from("<Q", image, place)[0] * 512)
-    assert [f.disk_offset for f in findings(vmdk.FORMAT, image)] == offsets
+        offsets.append((place, struct.unpack_from("<Q", image, place)[0] * 512))
+    assert [(f.archive_offset, f.disk_offset) for f in findings(vmdk.FORMAT, image)] == offsets
     assert not findings(vmdk.FORMAT, image, quick=True)
     missing, told = salvaged(vmdk.FORMAT, image)
     assert missing == sorted(lost(told)) and len(missing) == 3

@@ -26,7 +26,7 @@ def deflater(level: int) -> Compress:
 
 
 def zstd_compressor(level: int) -> Compress:
-    """Contexts cannot be shared, so each thread has its own."""
+    """Contexts cannot be shared, so each thread has its own. Frames have a checksum: qcow2 has no other."""
     import zstandard  # noqa: PLC0415  23 ms that only this needs
 
     contexts = threading.local()
@@ -34,7 +34,7 @@ def zstd_compressor(level: int) -> Compress:
     def compress(data: Buffer) -> bytes:
         context: zstandard.ZstdCompressor | None = getattr(contexts, "compressor", None)
         if context is None:
-            context = contexts.compressor = zstandard.ZstdCompressor(level=level)
+            context = contexts.compressor = zstandard.ZstdCompressor(level=level, write_checksum=True)
         return context.compress(data)
 
     return compress

@@ -109,7 +109,8 @@ class Qcow2Archive:
             length = min(cluster_bytes, run.end - offset)
             if isinstance(cluster, Undecompressable):
                 what = f"the cluster of byte {offset} of the disk cannot be decompressed: {cluster}"
-                self._on_damage(ArchiveDamaged(f"{self._source.name}: {what}"), ByteRange(offset, length))
+                at = run.packed[(offset - run.offset) // cluster_bytes].offset
+                self._on_damage(ArchiveDamaged(f"{self._source.name}: {what}"), at, ByteRange(offset, length))
             else:
                 yield Data(0, offset, memoryview(cluster)[:length])
 
@@ -192,9 +193,9 @@ class _Tables:
             try:
                 table = self._l2_table(index, entry, count)
             except ArchiveDamaged as error:
-                self._lose(error, first, count)
+                self._lose(error, self._header.l1_offset + index * ENTRY_BYTES, first, count)
             else:
-                yield from self._l2_clusters(table, first)
+                yield from self._l2_clusters(table, entry & OFFSET_MASK, first)
 
     def _l2_table(self, index: int, entry: int, count: int) -> array[int]:
         """Its first ``count`` entries."""
@@ -204,7 +205,7 @@ class _Tables:
         self._claim(offset, self._cluster_bytes, self._cluster_bytes, "an L2 table")
         return from_bytes(read_at(self._source, offset, count * ENTRY_BYTES, "an L2 table"))
 
-    def _l2_clusters(self, table: array[int], first: int) -> Iterator[_Cluster]:
+    def _l2_clusters(self, table: array[int], table_offset: int, first: int) -> Iterator[_Cluster]:
         unallocated = 0
         for number, entry in enumerate(table, first):
             if not entry:
@@ -216,17 +217,19 @@ class _Tables:
             try:
                 cluster = self._cluster(number * self._cluster_bytes, entry)
             except ArchiveDamaged as error:
-                self._lose(error, number, 1)
+                self._lose(error, table_offset + (number - first) * ENTRY_BYTES, number, 1)
             else:
                 yield cluster
         if unallocated:
             yield _Cluster((first + len(table) - unallocated) * self._cluster_bytes, unallocated)
 
-    def _lose(self, error: ArchiveDamaged, first: int, count: int) -> None:
+    def _lose(self, error: ArchiveDamaged, at: int, first: int, count: int) -> None:
+        """``at``: byte of the entry that leads nowhere."""
         if isinstance(error, _Overcommitted):
             raise error
         start, end = first * self._cluster_bytes, (first + count) * self._cluster_bytes
-        self._on_damage(error, ByteRange(start, min(end, self._header.size_bytes) - start))
+        lost = ByteRange(start, min(end, self._header.size_bytes) - start)
+        self._on_damage(error, at, lost)
 
     def _cluster(self, offset: int, entry: int) -> _Cluster:
         if entry & COMPRESSED:

@@ -71,8 +71,9 @@ class VmdkReader:
 
 
 class _Grain(NamedTuple):
-    """``packed``: its compressed bytes."""
+    """``at``: byte of the archive where its marker is. ``packed``: its compressed bytes."""
 
+    at: int
     offset: int
     packed: memoryview
 
@@ -158,6 +159,7 @@ class VmdkArchive:
 
     def _grain(self, marker: Marker, sector: bytearray) -> Iterator[_Grain]:
         """The grain behind the marker, unless it is damaged; where the marker is none, the next sector is looked at."""
+        at = self._source.tell() - SECTOR_BYTES
         offset = marker.value * SECTOR_BYTES
         if offset % self._grain_bytes or offset >= self._size_bytes or marker.size_bytes > 2 * self._grain_bytes:
             self._lose_track(f"a grain of {marker.size_bytes} bytes for sector {marker.value} of the disk")
@@ -176,7 +178,7 @@ class VmdkArchive:
         if self._source.read_into(stored[SECTOR_BYTES:]) < stored_bytes - SECTOR_BYTES:
             self._report("it ends within a grain")
         else:
-            yield _Grain(offset, stored[GRAIN_MARKER.size :][: marker.size_bytes])
+            yield _Grain(at, offset, stored[GRAIN_MARKER.size :][: marker.size_bytes])
 
     def _plain_bytes(self, offset: int) -> int:
         """How much of the disk the grain holds; the last one may reach beyond the end."""
@@ -220,8 +222,9 @@ class VmdkArchive:
     def _unpacked(self, batch: list[_Grain]) -> Iterator[Data]:
         for grain, plain in zip(batch, mapped(self._decompress, batch), strict=True):
             if isinstance(plain, Undecompressable):
-                error = self._damaged(f"the grain of byte {grain.offset} of the disk cannot be decompressed: {plain}")
-                self._on_damage(error, ByteRange(grain.offset, self._plain_bytes(grain.offset)))
+                what = f"the grain of byte {grain.offset} of the disk cannot be decompressed: {plain}"
+                lost = ByteRange(grain.offset, self._plain_bytes(grain.offset))
+                self._on_damage(self._damaged(what), grain.at, lost)
             else:
                 yield Data(0, grain.offset, plain)
 
@@ -244,10 +247,10 @@ class VmdkArchive:
     def _report(self, what: str) -> None:
         """Damage that leaves it open which grains there should be: what did not come is not zero for sure."""
         self._is_whole = False
-        self._on_damage(self._damaged(what), None)
+        self._on_damage(self._damaged(what), self._source.tell(), None)
 
     def _damaged(self, what: str) -> ArchiveDamaged:
-        return ArchiveDamaged(f"{self._source.name}: {what} (at byte {self._source.tell()})")
+        return ArchiveDamaged(f"{self._source.name}: {what}")
 
 
 def _check_supported(header: Header, name: str) -> None:
