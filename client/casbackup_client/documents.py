@@ -81,6 +81,22 @@ class ArchiveOriginDocument(TypedDict):
     missing: list[MissingDocument]
 
 
+class LiveOriginDocument(TypedDict):
+    """How a snapshot was taken of a VM that was running."""
+
+    mode: str
+    qemu: str
+    """QEMU's version."""
+    frozen: bool
+    """Whether the guest's file systems were frozen at the instant."""
+    note: str
+    """Why not."""
+    bitmap: str
+    """In the names of the dirty bitmaps that record what was written since; empty: there are none."""
+    increments: list[str]
+    """Disks of which only what such a bitmap had recorded was read."""
+
+
 class SnapshotDocument(TypedDict):
     """A snapshot."""
 
@@ -110,6 +126,8 @@ class SnapshotDocument(TypedDict):
     stats: BackupStatsDocument
     archive: NotRequired[ArchiveOriginDocument]
     """If it was imported."""
+    live: NotRequired[LiveOriginDocument]
+    """If the VM was running."""
 
 
 class SnapshotResultDocument(TypedDict):
@@ -335,6 +353,13 @@ class ArchiveConvertDocument(TypedDict):
     duration_ms: int
 
 
+class FormatOptionDocument(TypedDict):
+    """What ``-o NAME=VALUE`` may set."""
+
+    name: str
+    meaning: str
+
+
 class FormatDocument(TypedDict):
     """A format of archives."""
 
@@ -353,8 +378,7 @@ class FormatDocument(TypedDict):
     verifies: bool
     """Has checks of its own; the others are verified by reading them."""
     salvages: bool
-    options: dict[str, str]
-    """Of ``-o NAME=VALUE``, with what they mean."""
+    options: list[FormatOptionDocument]
 
 
 class FormatsDocument(TypedDict):
@@ -649,6 +673,38 @@ class NewTokenDocument(TypedDict):
     token: TokenDocument
     secret: str
     """What a client shows; it cannot be had again."""
+
+
+class JobDocument(TypedDict):
+    """A backup of a running VM. Bytes of all its disks together."""
+
+    id: str
+    namespace: str
+    vm: str
+    phase: str
+    """``starting``, ``copying``, ``storing`` or ``cancelling``."""
+    paused: bool
+    done_bytes: int
+    """Copied by QEMU."""
+    total_bytes: int
+    rate_bytes_s: int
+    """What the repository has taken in the last seconds."""
+    speed_limit_bytes_s: int
+    """As asked for; 0: none."""
+    waiting_bytes: int
+    """In memory, on the way to the repository."""
+
+
+class JobsDocument(TypedDict):
+    """Printed by ``job list``."""
+
+    jobs: list[JobDocument]
+
+
+class JobResultDocument(TypedDict):
+    """Printed by ``job pause``, ``job resume``, ``job cancel`` and ``job speed``."""
+
+    job: JobDocument
 
 
 class SessionDocument(TypedDict):

@@ -482,7 +482,7 @@ def _format_document(item: ArchiveFormat) -> FormatDocument:
         "vmstate": writer is not None and writer.vmstate,
         "verifies": item.verifier is not None,
         "salvages": item.salvager is not None,
-        "options": dict(item.options),
+        "options": [{"name": name, "meaning": meaning} for name, meaning in item.options],
     }
 
 
