@@ -220,7 +220,7 @@ def test_size_that_cannot_be_right(basic_vma: bytes) -> None:
 # --- damaged extents
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def long_archive() -> tuple[Sample, bytes]:
     """21 MiB in 7 or more extents."""
     made = sample([21 * MiB], fill=random_bytes)

@@ -216,7 +216,7 @@ class _Verification:
                 yield Finding(
                     Severity.ERROR,
                     "missing-data",
-                    f"{gap.length // vma.CLUSTER_BYTES} clusters are in no sound extent of the archive",
+                    "this range is in no sound extent of the archive",
                     None,
                     self._names[device],
                     device,
