@@ -71,7 +71,8 @@ def json_documents(module: ast.Module) -> str:
     parts = ["# JSON", ast.get_docstring(module, clean=True).split("``docs/")[0].strip()]  # type: ignore[union-attr]
     parts.append(
         "A command that fails prints a [FailureDocument](#failuredocument) to standard error and nothing to "
-        "standard output; but `check`, `repair`, `restore` and `snapshots` print what they found or did, too."
+        "standard output; but `archive`, `check`, `import`, `repair`, `restore` and `snapshots` print what they found "
+        "or did, too."
     )
     fields: dict[str, list[tuple[str, str, str]]] = {}
     for node in module.body:
