@@ -504,7 +504,9 @@ def _formats_view(found: list[FormatDocument], broken: list[str]) -> View:
         )
         for item in found
     ]
-    options = [f"{item['name']}: -o {name}=…: {meaning}" for item in found for name, meaning in item["options"].items()]
+    options = [
+        f"{item['name']}: -o {option['name']}=…: {option['meaning']}" for item in found for option in item["options"]
+    ]
     table = Table(("format", "read from", "written to", ">disks", "configs", "files", "is"), rows)
     return [table, *([""] if options else []), *options, *(f"broken: {text}" for text in broken)]
 
