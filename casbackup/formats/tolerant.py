@@ -18,7 +18,8 @@ OnDamage = Callable[[ArchiveDamaged, int, ByteRange | None], None]
 by it.
 """
 
-_MAX_SALVAGED_FINDINGS = 10_000
+_MAX_PENDING = 10_000
+"""Findings that are held; of an image that is full of damage, the rest is not listed."""
 
 
 class TolerantArchive(Archive, Protocol):
@@ -53,7 +54,10 @@ class _Collector:
             if last is not None and last.end == lost.offset:
                 self.pending[-1] = replace(self.pending[-1], length=last.length + lost.length)
                 return
-        self.pending.append(found)
+        if len(self.pending) == _MAX_PENDING:
+            found = Finding(Severity.ERROR, error.code, "there is more damage than is listed", at)
+        if len(self.pending) <= _MAX_PENDING:
+            self.pending.append(found)
 
     def take_last(self, error: ArchiveDamaged) -> None:
         """What ended the reading."""
@@ -105,7 +109,7 @@ class TolerantSalvager:
 
 
 class TolerantSalvage:
-    """``SalvagedArchive``; of the findings, the first 10,000 are kept."""
+    """``SalvagedArchive``."""
 
     def __init__(self, archive: TolerantArchive, collector: _Collector) -> None:
         self._archive = archive
@@ -117,9 +121,7 @@ class TolerantSalvage:
 
     def events(self) -> Iterator[Event]:
         try:
-            for event in self._archive.events():
-                yield event
-                del self._collector.pending[_MAX_SALVAGED_FINDINGS:]
+            yield from self._archive.events()
         except ArchiveDamaged as error:
             self._collector.take_last(error)
 

@@ -150,6 +150,30 @@ def test_a_part_that_was_overwritten() -> None:
     assert sum(gap.length for gap in missing) < len(CONTENT) // 2 + 3 * CLUSTER
 
 
+def test_a_hole_in_the_middle() -> None:
+    """Zeros look like the end of the stream, but the footer has not been."""
+    image = written(vmdk.FORMAT)
+    places = grain_places(image)
+    image[places[3] : places[5]] = bytes(places[5] - places[3])
+    missing, told = salvaged(vmdk.FORMAT, image)
+    assert [f.archive_offset for f in told] == [places[3] + 512]
+    assert sum(gap.length for gap in missing) < len(CONTENT) // 2 + 3 * CLUSTER
+
+
+def test_damage_without_end_is_not_all_listed() -> None:
+    """Three tables in which every other entry is wrong."""
+    image = written(qcow2.FORMAT, random_bytes(CLUSTER))
+    header = parse_header(bytes(image[:112]))
+    assert header is not None
+    struct.pack_into(">Q", image, 24, 3 * 512 * MiB)
+    struct.pack_into(">I", image, 36, 3)
+    for index in range(3):
+        struct.pack_into(">Q", image, header.l1_offset + 8 * index, len(image))
+        image += struct.pack(">QQ", 2, 0) * 4096
+    found = findings(qcow2.FORMAT, image, quick=True)
+    assert len(found) == 10_001 and "more damage" in found[-1].text
+
+
 def test_a_stream_that_was_cut() -> None:
     image = written(vmdk.FORMAT)
     places = grain_places(image)

@@ -139,9 +139,9 @@ class VmdkArchive:
             if marker.size_bytes:
                 yield from self._grain(marker, sector)
             elif marker.kind == Kind.END_OF_STREAM:
-                if self._header.directory_at == DIRECTORY_AT_END and not has_footer:
-                    self._report("it ends without its footer")
-                return
+                if has_footer or self._header.directory_at != DIRECTORY_AT_END:
+                    return
+                self._lose_track("it ends without its footer")
             elif marker.kind in _KINDS:
                 has_footer |= self._read_table(marker) == Kind.FOOTER
             else:
@@ -150,7 +150,7 @@ class VmdkArchive:
     def _next_sector(self, *, may_end: bool) -> bytearray | None:
         sector = bytearray(SECTOR_BYTES)
         got = self._source.read_into(memoryview(sector))
-        if not got and may_end:
+        if not got and (may_end or self._has_lost_track):
             return None
         if got < SECTOR_BYTES:
             self._report("it ends without the mark of its end")
