@@ -20,7 +20,7 @@
      |   +- TargetExists, TargetTooSmall, TargetUnsuitable, TargetUnwritable, TargetFull, TargetClosed
      +- ArchiveError          something is wrong with an archive of another format
      |   +- ArchiveUnknown, ArchiveUnsupported, ArchiveLimit, ArchiveDamaged, ArchiveIncomplete,
-     |   +- ArchivePluginBroken, ArchiveUnsound, ArchiveUnreadable
+     |   +- ArchiveLosses, ArchivePluginBroken, ArchiveUnsound, ArchiveUnreadable
      +- NbdError
      |   +- NbdConnectionFailed, NbdProtocolError, NbdRequestFailed
      +- ServerError           a chunk server cannot be reached, or does not do what it is asked
@@ -521,6 +521,14 @@ class ArchiveIncomplete(ArchiveError):
     code = "archive-incomplete"
     exit_status = ExitStatus.INCOMPLETE
     advice = "`--allow-incomplete` takes what is there and records what is missing."
+
+
+class ArchiveLosses(ArchiveError):
+    """What was asked for was done with an archive that lacks parts of its disks; they are zeros now."""
+
+    code = "archive-losses"
+    exit_status = ExitStatus.INCOMPLETE
+    advice = "What was missing is listed; `show --json` lists it for a snapshot."
 
 
 class ArchivePluginBroken(ArchiveError):

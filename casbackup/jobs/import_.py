@@ -186,7 +186,7 @@ class _Import:
 
     def _contents(self) -> list[MissingRange]:
         """Store the content of all disks; returns what was missing."""
-        self._progress.start(self._request.source or self._request.vm, sum(self._sizes))
+        self._progress.start(self._request.vm, sum(self._sizes))
         coverage = ArchiveCoverage(self._head)
         sink = TreeSink(self._store, self._builders)
         read_bytes = 0

@@ -227,7 +227,7 @@ def test_incomplete_archives_leave_nothing(bare: Casbackup, archives: Callable[[
 def test_salvage(bare: Casbackup, archives: Callable[[str], Path]) -> None:
     path, out = archives("damaged/missing-ext0.vma"), bare.folder / "out"
     result = bare("archive", "salvage", path, out, "--json")
-    assert (result.status, result.error["code"]) == (3, "archive-incomplete")
+    assert (result.status, result.error["code"]) == (3, "archive-losses")
     document = result.json
     assert document["missing_bytes"] > 0
     assert any(finding["code"] == "missing-data" for finding in document["findings"])

@@ -177,6 +177,19 @@ def test_a_full_disk(backed: Casbackup) -> None:
         assert os.listdir(folder / "out") == []
 
 
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_repository(bare: Casbackup) -> None:
+    source = bare.disk("big.raw", data_mib=12, size_mib=12)
+    archive = bare.folder / "x.vma"
+    bare.ok("archive", "convert", source, archive)
+    with small_disk(bare.folder / "small", "8m") as folder:
+        repository = folder / "repository"
+        bare.ok("init", "-r", repository)
+        assert bare.fails(7, "import", "vm/1", archive, "-r", repository)["code"] == "repository-full"
+        assert bare.json("snapshots", "-r", repository) == {"snapshots": []}
+
+
 # --- import
 
 
@@ -243,7 +256,7 @@ def test_incomplete_archives(cb: Casbackup) -> None:
     assert cb.fails(3, "import", "vm/1", path)["code"] == "archive-incomplete"
     assert cb.json("snapshots") == {"snapshots": []}
     result = cb("import", "vm/1", path, "--allow-incomplete", "--json")
-    assert (result.status, result.error["code"]) == (3, "archive-incomplete")
+    assert (result.status, result.error["code"]) == (3, "archive-losses")
     document = result.json
     assert document["missing_bytes"] == sum(gap["length_bytes"] for gap in document["missing"]) > 0
     shown = cb.json("show", "vm/1")["snapshot"]
@@ -294,6 +307,7 @@ def test_a_header_that_claims_two_gigabytes(cb: Casbackup, start: Start) -> None
         (["vm/1", "/"], "source-unreadable"),
         (["vm/1", "x", "--label", "a b"], "invalid-name"),
         (["vm/1", "--exec", "true", "--format", "vma"], "usage"),
+        (["vm/1", "--exec", " "], "usage"),
         (["vm/1", "x", "--format", "zip"], "archive-unknown"),
     ],
 )

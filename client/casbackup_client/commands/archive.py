@@ -11,7 +11,7 @@ import click
 
 from casbackup.errors import (
     ArchiveError,
-    ArchiveIncomplete,
+    ArchiveLosses,
     ArchiveUnreadable,
     ArchiveUnsound,
     ArchiveUnsupported,
@@ -288,7 +288,7 @@ def extract(
     document["duration_ms"] = round((time.monotonic() - began_s) * 1000)
     app.output.result(document, lambda: _extract_view(document), essential=False)
     if report.missing or report.damage:
-        raise ArchiveIncomplete(
+        raise ArchiveLosses(
             f"{document['missing_bytes']} bytes were missing and are zeros"
             + (f"; the archive was not read to its end: {report.damage}" if report.damage else "")
         )
@@ -360,7 +360,7 @@ def salvage(app: App, path: str, folder: str, format_name: str | None, force: bo
     lines = [_finding_line(finding) for finding in salvaged.findings()]
     app.output.result(document, lambda: [*lines, *_extract_view(document)], essential=False)
     if report.missing:
-        raise ArchiveIncomplete(f"{document['missing_bytes']} bytes of disks are lost and read as zeros")
+        raise ArchiveLosses(f"{document['missing_bytes']} bytes of disks are lost and read as zeros")
 
 
 def _salvaged(app: App, salvaged: Archive, folder: str, force: bool) -> ExtractReport:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casbackup.errors import ArchiveIncomplete, UsageError
+from casbackup.errors import ArchiveLosses, UsageError
 from casbackup_client.app import App
 from casbackup_client.archives import PIPE, Input
 from casbackup_client.options import command, pass_app
@@ -86,6 +86,8 @@ def import_(
 
 def _parsed(arguments: tuple[str, ...], archiver: str | None) -> tuple[str | None, str]:
     """The VM, if it is named, and the path."""
+    if archiver is not None and not archiver.strip():
+        raise UsageError("--exec names no program")
     given = [*arguments, PIPE] if archiver is not None else list(arguments)
     if not 1 <= len(given) <= 2:
         raise UsageError("what to import? Give a FILE, or - for standard input, perhaps with a VM before it; or --exec")
@@ -105,7 +107,7 @@ def _opened(path: str, archiver: str | None, format_name: str | None) -> Iterato
     if format_name is not None:
         raise UsageError("--exec has a format of its own; leave out --format")
     with archiver_source(archiver) as source:
-        yield Input(find_format(_STREAM), source), archiver
+        yield Input(find_format(_STREAM), source), f"program {archiver.split(maxsplit=1)[0]}"
 
 
 def _vm_of(path: str, configs: tuple[ArchiveConfig, ...]) -> VmName:
@@ -135,7 +137,7 @@ def _show(app: App, report: ImportReport, format_name: str) -> None:
         essential=False,
     )
     if report.missing or report.damage:
-        raise ArchiveIncomplete(
+        raise ArchiveLosses(
             f"{missing_bytes} bytes were missing in {report.snapshot.reference} and are zeros"
             + (f"; the archive was not read to its end: {report.damage}" if report.damage else "")
         )
