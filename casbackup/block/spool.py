@@ -7,6 +7,7 @@ decides. When that one fails or is too slow the backup is lost, never a write.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from typing import NamedTuple, Protocol
 
@@ -17,6 +18,8 @@ from casbackup.limits import SINK_MEMORY_BYTES
 BACKGROUND_SHARE = 0.5
 """Of the memory, so much at the most is taken by the background, so that a guest's write finds room."""
 _ZERO_ROOM_BYTES = 1
+_GATHER_S = 0.002
+"""A consumer that was idle waits so long for more to come: waking it for each event costs as much as taking it in."""
 
 
 class Consumer(Protocol):
@@ -144,14 +147,18 @@ class Spool:
                 self._pool.give_back(event.room)
 
     def _next(self) -> deque[_Event]:
-        """All events that are there, at least one; none at the end. One at a time would cost a wake-up each."""
+        """All events that are there, at least one; none at the end."""
         with self._changed:
             self._consuming = False
-            if not self._events:
+            waited = not self._events
+            if waited:
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._events or self._closing or self._failure is not None)
+            self._consuming = bool(self._events)
+        if waited and self._consuming:
+            time.sleep(_GATHER_S)
+        with self._changed:
             events, self._events = self._events, deque()
-            self._consuming = bool(events)
             return events
 
     def _try_to_consume(self, event: _Event) -> None:
