@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from struct import Struct
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgpack
 from blake3 import blake3
@@ -70,16 +70,14 @@ class ConfigRecord:
     id: BlobId
 
 
-@dataclass(frozen=True, slots=True)
-class ArchivedDisk:
+class ArchivedDisk(NamedTuple):
     """What an archive called a disk."""
 
     name: str
     device_id: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class MissingRange:
+class MissingRange(NamedTuple):
     """Bytes that an archive did not have, and that are zero in the snapshot. ``disk``: its place in the manifest."""
 
     disk: int
@@ -87,8 +85,7 @@ class MissingRange:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class ArchiveOrigin:
+class ArchiveOrigin(NamedTuple):
     """What the archive that a snapshot was imported from said of itself, so that an export can say the same.
 
     ``disks`` and ``configs`` are the names that the archive gave them, in the order of the manifest's. Text that is

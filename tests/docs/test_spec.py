@@ -21,10 +21,10 @@ from casbackup import limits
 from casbackup.chunking import block_sample
 from casbackup.codec import hashing
 from casbackup.codec.records import encode_blob
-from casbackup.formats.qcow2 import layout as qcow2
-from casbackup.formats.vmdk import layout as vmdk
 from casbackup.formats.port import ArchiveDisk, ArchiveHead
+from casbackup.formats.qcow2 import layout as qcow2
 from casbackup.formats.stream.writer import StreamWriter
+from casbackup.formats.vmdk import layout as vmdk
 from casbackup.ids import ZERO_ID, DiskName, Namespace, PackId, SessionId, VmName
 from casbackup.spec import archiver, indexdb, magic, manifest, node, outline, pack, record, vma
 from casbackup.spec.config import ChunkerConfig, RepositoryConfig, encode_config
@@ -327,7 +327,7 @@ def test_manifest_keys_are_documented() -> None:
     text = (PAGES / "manifest.md").read_text(encoding="utf-8")
     body = msgpack.unpackb(manifest.encode_manifest(MANIFEST)[0][16:-32])
     stats = (f"stats.{name}" for name in manifest.BackupStats.__slots__)
-    archive = (f"archive.{name}" for name in manifest.ArchiveOrigin.__slots__)
+    archive = (f"archive.{name}" for name in manifest.ArchiveOrigin._fields)
     for name in (*body, *stats, "archive", *archive):
         assert f"| `{name}` |" in text
     assert f"At most {limits.MAX_RECORDED_GAPS:,} ranges" in text
