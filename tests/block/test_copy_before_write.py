@@ -234,12 +234,19 @@ def test_two_disks_at_one_instant() -> None:
 
 
 def test_begin_waits_for_writes_under_way() -> None:
-    slow = Faults(MemoryDevice(SIZE), Rule(frozenset(CHANGES), Fault.DELAY, delay_s=0.2, times=1))
-    filter, saved = CopyBeforeWrite(slow), Saved(SIZE)
+    under_way, go_on = threading.Event(), threading.Event()
+
+    def hang(_seconds: float) -> None:
+        under_way.set()
+        go_on.wait(30)
+
+    rule = Rule(frozenset({Operation.WRITE}), Fault.DELAY, delay_s=1, times=1)
+    filter, saved = CopyBeforeWrite(Faults(MemoryDevice(SIZE), rule, sleep=hang)), Saved(SIZE)
     with threads(lambda: filter.write(0, b"x")):
-        time.sleep(0.05)
+        under_way.wait(30)
         with pytest.raises(BackupBroken, match="no instant without writes"):
             begin_together([Start(filter, CallbackSaver(saved))], timeout_s=0.01)
+        threading.Timer(0.05, go_on.set).start()
         point = filter.begin(CallbackSaver(saved))
     finish(Background(point))
     assert saved.content[:1] == b"x"

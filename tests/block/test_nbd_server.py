@@ -176,12 +176,18 @@ def test_an_export_that_cannot_be_opened(serve: Callable[..., NbdAddress]) -> No
 
 
 def test_closing_answers_what_has_arrived(serve: Callable[..., NbdAddress]) -> None:
-    device = Faults(MemoryDevice(SIZE), Rule(frozenset({Operation.WRITE}), Fault.DELAY, delay_s=0.1))
+    under_way = threading.Event()
+
+    def slow(_seconds: float) -> None:
+        under_way.set()
+        time.sleep(0.1)
+
+    device = Faults(MemoryDevice(SIZE), Rule(frozenset({Operation.WRITE}), Fault.DELAY, delay_s=1), sleep=slow)
     address = serve(device)
     client = NbdClient.connect(address)
     written = threading.Thread(target=client.write, args=(0, b"x" * MiB))
     written.start()
-    time.sleep(0.05)
+    under_way.wait(30)
     serve.server.close()  # type: ignore[attr-defined]
     written.join()
     assert read_bytes(device, 0, MiB) == b"x" * MiB
@@ -193,12 +199,13 @@ def test_closing_answers_what_has_arrived(serve: Callable[..., NbdAddress]) -> N
 
 
 def test_closing_does_not_wait_for_a_device_that_hangs(serve: Callable[..., NbdAddress]) -> None:
-    go_on = threading.Event()
-    device = Faults(
-        MemoryDevice(SIZE),
-        Rule(frozenset({Operation.WRITE}), Fault.DELAY, delay_s=1),
-        sleep=lambda _: bool(go_on.wait(20)),
-    )
+    under_way, go_on = threading.Event(), threading.Event()
+
+    def hang(_seconds: float) -> None:
+        under_way.set()
+        go_on.wait(30)
+
+    device = Faults(MemoryDevice(SIZE), Rule(frozenset({Operation.WRITE}), Fault.DELAY, delay_s=1), sleep=hang)
     client = NbdClient.connect(serve(device))
 
     def write() -> None:
@@ -207,10 +214,10 @@ def test_closing_does_not_wait_for_a_device_that_hangs(serve: Callable[..., NbdA
 
     failed = threading.Thread(target=write)
     failed.start()
-    time.sleep(0.05)
+    under_way.wait(30)
     start_s = time.monotonic()
     serve.server.close(timeout_s=0.2)  # type: ignore[attr-defined]
-    assert time.monotonic() - start_s < 2
+    assert time.monotonic() - start_s < 5
     failed.join()
     go_on.set()
 

@@ -40,8 +40,8 @@ class Served:
         self.reports = list[str]()
         self.server = NbdServer(
             [Export.of("disk", Guarded(self.device)), Export.of("ro", Guarded(MemoryDevice(SIZE, writable=False)))],
-            handshake_timeout_s=0.3,
-            stall_timeout_s=0.3,
+            handshake_timeout_s=0.7,
+            stall_timeout_s=0.7,
             report=self.reports.append,
         )
         self.address = self.server.listen(NbdAddress("disk", path))
@@ -379,7 +379,7 @@ def test_bad_requests_end_the_connection(served: Served, client: Client, name: s
 
 def test_a_client_may_be_silent_between_requests(client: Client) -> None:
     client.enter()
-    time.sleep(0.5)
+    time.sleep(1)
     client.request(Command.FLUSH)
     assert client.error() == 0
 

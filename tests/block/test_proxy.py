@@ -178,7 +178,7 @@ def test_a_slow_consumer_does_not_slow_the_guest_down(tmp_path: Path) -> None:
         consumer.pause_s = 0.02
         with spooled(consumer) as spool:
             proxy.push(spool)
-    assert not guest.errors and guest.longest_s < 0.5
+    assert not guest.errors and guest.longest_s < 1.5
 
 
 @pytest.mark.parametrize("on_failure", OnFailure)
@@ -214,15 +214,22 @@ def test_a_snapshot_is_in_the_way_of_a_push(tmp_path: Path) -> None:
         assert not snapshot.capabilities.writable
 
 
-def test_writes_under_way_that_do_not_end(tmp_path: Path) -> None:
-    slow = Faults(MemoryDevice(SIZE), Rule(frozenset({Operation.WRITE}), Fault.DELAY, delay_s=3))
+def test_writes_under_way_that_do_not_end() -> None:
+    under_way, go_on = threading.Event(), threading.Event()
+
+    def hang(_seconds: float) -> None:
+        under_way.set()
+        go_on.wait(30)
+
+    slow = Faults(MemoryDevice(SIZE), Rule(frozenset({Operation.WRITE}), Fault.DELAY, delay_s=1), sleep=hang)
     with DiskProxy({"a": slow}, scratch=SparseMemory, limit_bytes=SIZE) as proxy, spooled(Disks()) as spool:
         live = proxy.exports[0].acquire()
         thread = threading.Thread(target=live.write, args=(0, b"x"))
         thread.start()
-        time.sleep(0.05)
+        under_way.wait(30)
         with pytest.raises(BackupBroken, match="no instant without writes under way"):
             proxy.push(spool)
+        go_on.set()
         thread.join()
 
 
