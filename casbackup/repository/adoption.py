@@ -1,6 +1,6 @@
 """Taking over a snapshot of another repository as it is: its manifest byte for byte, so that its id is the same.
 
-Its number and parent stay what they were where it was made (``docs/decisions/0009-copies-keep-their-numbers.md``).
+Its number and parent stay what they were where it was made (``docs/decisions/0011-copies-keep-their-numbers.md``).
 """
 
 from __future__ import annotations
