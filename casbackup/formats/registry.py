@@ -6,19 +6,27 @@ Formats are entry points in the group ``casbackup.formats``, the built-in ones l
     myformat = "mypackage.mymodule:FORMAT"        an ArchiveFormat whose name is "myformat"
 
 Listing entry points takes some 30 ms and loading them imports their modules, so both happen when they are first
-needed. A plugin that cannot be loaded spoils nothing but itself: it is an error to ask for it by name, and it is
-named where nothing else fits.
+needed. A built-in format that is asked for by name, or that a file's name speaks of, is found without. A plugin that
+cannot be loaded spoils nothing but itself: it is an error to ask for it by name, and it is named where nothing else
+fits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from casbackup.errors import ArchivePluginBroken, ArchiveUnknown
 from casbackup.formats.guess import looks_like
 from casbackup.formats.port import ENTRY_POINTS, ArchiveFormat
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+BUILT_IN = frozenset({"qcow2", "raw", "stream", "tar", "vma", "vmdk"})
+"""Formats that are modules of this package; nobody else's can take their names."""
 
 
 def format_names() -> list[str]:
@@ -42,7 +50,7 @@ def format_by_name(name: str) -> ArchiveFormat:
 
     :raise ArchiveUnknown: when there is none. :raise ArchivePluginBroken: when it cannot be loaded.
     """
-    if name not in _entry_points():
+    if name not in BUILT_IN and name not in _entry_points():
         raise ArchiveUnknown(f"there is no archive format {name!r}; there are {_listed(format_names())}")
     loaded = _loaded(name)
     if isinstance(loaded, ArchivePluginBroken):
@@ -88,8 +96,12 @@ def recognise(first_bytes: bytes, name: str = "the input") -> ArchiveFormat:
 
 
 def _loaded_formats(first_in: str = "") -> Iterator[ArchiveFormat]:
-    """By name, but those whose name is in ``first_in`` before the others."""
-    for name in sorted(format_names(), key=lambda name: name not in first_in):
+    """By name, but those whose name is in ``first_in`` before the others, and built-in ones before all."""
+    likely = sorted(name for name in BUILT_IN if name in first_in)
+    for name in likely:
+        yield format_by_name(name)
+    others = [name for name in format_names() if name not in likely]
+    for name in sorted(others, key=lambda name: name not in first_in):
         loaded = _loaded(name)
         if isinstance(loaded, ArchiveFormat):
             yield loaded
@@ -97,12 +109,17 @@ def _loaded_formats(first_in: str = "") -> Iterator[ArchiveFormat]:
 
 @cache
 def _entry_points() -> dict[str, EntryPoint]:
+    from importlib.metadata import entry_points  # noqa: PLC0415  takes 30 ms to import
+
     return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
 
 
 @cache
 def _loaded(name: str) -> ArchiveFormat | ArchivePluginBroken:
     """Each is loaded once. An error is kept, not raised, so that it is told only to whom it concerns."""
+    if name in BUILT_IN:
+        built_in: ArchiveFormat = import_module(f"casbackup.formats.{name}").FORMAT
+        return built_in
     point = _entry_points()[name]
     where = f"archive format {name} ({point.value}{_package(point)})"
     try:
