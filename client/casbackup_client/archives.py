@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import click
 
 from casbackup.errors import ArchiveUnknown, ArchiveUnsupported, UsageError
 
@@ -14,9 +16,21 @@ if TYPE_CHECKING:
     from casbackup.formats.port import Archive, ArchiveFormat, ArchiveReader, ArchiveWriter, ByteSource, ByteTarget
     from casbackup.progress import Progress
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 PIPE = "-"
 _DEFAULT_FORMAT = "vma"
 _COMPRESSED = {".zst": "zstd", ".gz": "gzip", ".lzo": "lzop", ".bz2": None, ".xz": None}
+
+
+def file_argument(function: F) -> F:
+    """FILE, of the commands that need no repository."""
+    return click.argument("path", metavar="FILE", type=click.Path())(function)
+
+
+format_option = click.option(
+    "--format", "format_name", metavar="FORMAT", help="Of the archive; default: told by its first bytes."
+)
 
 
 class Input(NamedTuple):

@@ -9,39 +9,22 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casbackup.errors import (
-    ArchiveError,
-    ArchiveLosses,
-    ArchiveUnreadable,
-    ArchiveUnsound,
-    ArchiveUnsupported,
-    SourceError,
-    UsageError,
-)
+from casbackup.errors import UsageError
 from casbackup_client.app import App
-from casbackup_client.archives import PIPE, CountedSource, opened_input
+from casbackup_client.archives import PIPE, file_argument, format_option, opened_input
+from casbackup_client.commands.archive_extract import extract, salvage
+from casbackup_client.commands.archive_verify import verify
 from casbackup_client.commands.export import format_options
 from casbackup_client.options import CommandGroup, command, global_options, pass_app
-from casbackup_client.views import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable
 
-    from casbackup.formats.findings import Finding
-    from casbackup.formats.port import Archive, ArchiveFormat, ArchiveHead
-    from casbackup.jobs.extract import ExtractReport
-    from casbackup_client.documents import (
-        ArchiveExtractDocument,
-        ArchiveListDocument,
-        ArchiveSalvageDocument,
-        ArchiveVerifyDocument,
-        FormatDocument,
-    )
+    from casbackup.formats.port import ArchiveFormat, ArchiveHead
+    from casbackup_client.documents import ArchiveListDocument, FormatDocument
     from casbackup_client.views import View
 
 _DEFAULT_CONFIG = "qemu-server.conf"
-_SALVAGED_FORMAT = "vma"
-_REPORT_NAME = "report.json"
 
 
 @click.group("archive", cls=CommandGroup)
@@ -53,18 +36,9 @@ def archive() -> None:
     """
 
 
-def _file_argument(function: Callable[..., None]) -> Callable[..., None]:
-    return click.argument("path", metavar="FILE", type=click.Path())(function)
-
-
-_format_option = click.option(
-    "--format", "format_name", metavar="FORMAT", help="Of the archive; default: told by its first bytes."
-)
-
-
 @command("list")
-@_file_argument
-@_format_option
+@file_argument
+@format_option
 @click.option("--vma", "as_vma", is_flag=True, help="Print the lines that `vma list` prints, for scripts.")
 @pass_app
 def list_(app: App, path: str, format_name: str | None, as_vma: bool) -> None:
@@ -153,9 +127,9 @@ def _list_view(document: ArchiveListDocument) -> View:
 
 
 @command("config")
-@_file_argument
+@file_argument
 @click.argument("name", metavar="[NAME]", default=_DEFAULT_CONFIG)
-@_format_option
+@format_option
 @pass_app
 def config(app: App, path: str, name: str, format_name: str | None) -> None:
     """Print a config of an archive, by default qemu-server.conf. Only the archive's head is read."""
@@ -175,211 +149,8 @@ def config(app: App, path: str, name: str, format_name: str | None) -> None:
     sys.stdout.buffer.flush()
 
 
-@command("verify")
-@_file_argument
-@_format_option
-@click.option("--quick", is_flag=True, help="Check the archive's own structures only, and skip its data.")
-@click.option("--strict", is_flag=True, help="Take warnings for errors.")
-@pass_app
-def verify(app: App, path: str, format_name: str | None, quick: bool, strict: bool) -> None:
-    """Verify an archive: find everything that is wrong with it, and whether all of every disk is there.
-
-    The exit status is 0 if the archive is sound, 1 if there are errors, and 2 if the file cannot be read as an
-    archive. Warnings, about what is readable but not as it should be, do not count without --strict.
-
-    VMA has checksums for its headers and none for data: a flipped bit within the data is not found by anybody.
-    """
-    from casbackup.formats.verify import verify as run_verify
-
-    began_s = time.monotonic()
-    try:
-        with opened_input(path, format_name) as given, app.progress() as progress:
-            findings = list(run_verify(given.format, CountedSource(given.source, progress), quick=quick))
-    except (ArchiveError, SourceError) as error:
-        raise ArchiveUnreadable(str(error)) from error
-    document = _verify_document(path, given.format, findings, quick, strict)
-    document["duration_ms"] = round((time.monotonic() - began_s) * 1000)
-    app.output.result(document, lambda: _verify_view(document, findings), essential=bool(findings))
-    if not document["sound"]:
-        raise ArchiveUnsound(f"{path}: {_counts(document)}")
-
-
-def _verify_document(
-    path: str, archive_format: ArchiveFormat, findings: Sequence[Finding], quick: bool, strict: bool
-) -> ArchiveVerifyDocument:
-    from casbackup_client.documenting import finding_documents
-
-    errors = sum(finding.is_error for finding in findings)
-    return {
-        "archive": path,
-        "format": archive_format.name,
-        "quick": quick,
-        "sound": not (findings if strict else errors),
-        "errors": errors,
-        "warnings": len(findings) - errors,
-        "findings": finding_documents(findings),
-        "duration_ms": 0,
-    }
-
-
-def _verify_view(document: ArchiveVerifyDocument, findings: Sequence[Finding]) -> View:
-    from casbackup.units import format_duration
-
-    verdict = "sound" if document["sound"] else "NOT SOUND"
-    took = format_duration(document["duration_ms"] / 1000)
-    return [*map(_finding_line, findings), f"{document['archive']}: {verdict}, {_counts(document)}; {took}"]
-
-
-def _counts(document: ArchiveVerifyDocument) -> str:
-    return f"{counted(document['errors'], 'error')}, {counted(document['warnings'], 'warning')}"
-
-
-def _finding_line(finding: Finding) -> str:
-    """All that is known of where it is."""
-    where = [f"byte {finding.archive_offset}"] if finding.archive_offset is not None else []
-    if finding.disk is not None or finding.device_id is not None:
-        device = f" (device {finding.device_id})" if finding.device_id is not None else ""
-        where.append(f"disk {finding.disk or '?'}{device}")
-    if finding.cluster is not None:
-        where.append(f"cluster {finding.cluster}")
-    if finding.disk_offset is not None:
-        length = f"{finding.length} bytes from " if finding.length is not None else ""
-        where.append(f"{length}disk byte {finding.disk_offset}")
-    elif finding.length is not None:
-        where.append(f"{finding.length} bytes")
-    place = f" [{', '.join(where)}]" if where else ""
-    return f"{finding.severity.value}: {finding.code}: {finding.text}{place}"
-
-
-@command("extract")
-@_file_argument
-@click.argument("folder", metavar="FOLDER", type=click.Path())
-@_format_option
-@click.option("--disk", "disks", metavar="DISK", multiple=True, help="Only this disk, and no configs. Repeatable.")
-@click.option("--allow-incomplete", is_flag=True, help="Take what is there; what is missing reads as zeros.")
-@click.option("--force", is_flag=True, help="Overwrite files that exist.")
-@click.option("--sync", is_flag=True, help="End only when everything has reached the disk.")
-@pass_app
-def extract(
-    app: App,
-    path: str,
-    folder: str,
-    format_name: str | None,
-    disks: tuple[str, ...],
-    allow_incomplete: bool,
-    force: bool,
-    sync: bool,
-) -> None:
-    """Extract an archive's disks, as sparse raw files FOLDER/DISK.raw, and its configs.
-
-    Names are made safe, so nothing leaves the folder whatever the archive says. Files appear when all is complete.
-    After --allow-incomplete with losses the exit status is 3.
-    """
-    from casbackup.jobs.extract import extract as run_extract
-
-    began_s = time.monotonic()
-    with opened_input(path, format_name) as given:
-        opened, _ = given.open()
-        with app.progress() as progress:
-            report = run_extract(
-                opened, folder, only=disks, force=force, allow_incomplete=allow_incomplete, sync=sync, progress=progress
-            )
-    document = _extract_document(path, given.format, opened.head, report)
-    document["duration_ms"] = round((time.monotonic() - began_s) * 1000)
-    app.output.result(document, lambda: _extract_view(document), essential=False)
-    if report.missing or report.damage:
-        raise ArchiveLosses(
-            f"{document['missing_bytes']} bytes were missing and are zeros"
-            + (f"; the archive was not read to its end: {report.damage}" if report.damage else "")
-        )
-
-
-def _extract_document(
-    path: str, archive_format: ArchiveFormat, head: ArchiveHead, report: ExtractReport
-) -> ArchiveExtractDocument:
-    from casbackup_client.documenting import missing_documents
-
-    return {
-        "archive": path,
-        "format": archive_format.name,
-        "disks": [
-            {
-                "name": head.disks[disk.number].name,
-                "target": disk.path,
-                "size_bytes": head.disks[disk.number].size_bytes,
-            }
-            for disk in report.disks
-        ],
-        "configs": report.configs,
-        "missing_bytes": sum(gap.length for gap in report.missing),
-        "missing": missing_documents(report.missing, [disk.name for disk in head.disks]),
-        "damage": None if report.damage is None else str(report.damage),
-        "duration_ms": 0,
-    }
-
-
-def _extract_view(document: ArchiveExtractDocument) -> View:
-    from casbackup.units import format_duration
-    from casbackup.units import format_size as size
-
-    disks = [f"{disk['target']} {size(disk['size_bytes'])}" for disk in document["disks"]]
-    lost = [
-        f"missing: {gap['disk']}, {gap['length_bytes']} bytes from byte {gap['offset_bytes']} on"
-        for gap in document["missing"]
-    ]
-    took = format_duration(document["duration_ms"] / 1000)
-    return [*lost, f"extracted {', '.join([*disks, *document['configs']])}; {took}"]
-
-
-@command("salvage")
-@_file_argument
-@click.argument("folder", metavar="FOLDER", type=click.Path())
-@_format_option
-@click.option("--force", is_flag=True, help="Overwrite files that exist.")
-@pass_app
-def salvage(app: App, path: str, folder: str, format_name: str | None, force: bool) -> None:
-    """Rescue what is intact of a damaged archive: disks and configs as by `extract`, and report.json.
-
-    What is lost reads as zeros and is listed. An archive whose beginning is gone is taken for VMA. If anything was
-    lost, the exit status is 3.
-    """
-    from casbackup_client.documenting import finding_documents
-
-    began_s = time.monotonic()
-    with opened_input(path, format_name, fallback=_SALVAGED_FORMAT) as given:
-        if given.format.salvager is None:
-            raise ArchiveUnsupported(f"nothing can be salvaged of format {given.format.name}; extract what is readable")
-        salvaged = given.format.salvager().open(given.source)
-        report = _salvaged(app, salvaged, folder, force)
-    document: ArchiveSalvageDocument = {
-        **_extract_document(path, given.format, salvaged.head, report),
-        "findings": finding_documents(salvaged.findings()),
-    }
-    document["duration_ms"] = round((time.monotonic() - began_s) * 1000)
-    _write_report(document, os.path.join(folder, _REPORT_NAME))
-    lines = [_finding_line(finding) for finding in salvaged.findings()]
-    app.output.result(document, lambda: [*lines, *_extract_view(document)], essential=False)
-    if report.missing:
-        raise ArchiveLosses(f"{document['missing_bytes']} bytes of disks are lost and read as zeros")
-
-
-def _salvaged(app: App, salvaged: Archive, folder: str, force: bool) -> ExtractReport:
-    from casbackup.jobs.extract import extract as run_extract
-
-    with app.progress() as progress:
-        return run_extract(salvaged, folder, force=force, allow_incomplete=True, progress=progress)
-
-
-def _write_report(document: ArchiveSalvageDocument, path: str) -> None:
-    import json
-
-    from casbackup_client.targets import write_config
-
-    write_config(path, json.dumps(document, indent=2).encode() + b"\n", sync=False)
-
-
 @command("convert")
-@_file_argument
+@file_argument
 @click.argument("target", metavar="TARGET", type=click.Path())
 @click.option("--from", "from_format", metavar="FORMAT", help="Of FILE; default: told by its first bytes.")
 @format_options
