@@ -1,1 +1,1 @@
-"""Network Block Device: the protocol's numbers and our own client."""
+"""Network Block Device: the protocol's numbers, a client and a server."""
