@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Iterator
 
 from casbackup.errors import CasbackupError, Interrupted, TargetClosed, ToolFailed
+from casbackup.formats.bytesource import DescriptorSource
 from casbackup.formats.child import Child
 from casbackup.formats.port import ByteSource, ByteTarget
-from casbackup.formats.source import DescriptorSource
 from casbackup.formats.stream.writer import report_error
 from casbackup.formats.target import PipeTarget
 

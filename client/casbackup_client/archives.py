@@ -67,8 +67,8 @@ def opened_input(path: str, format_name: str | None, *, fallback: str | None = N
 
 
 def _recognised(source: ByteSource, path: str, fallback: str | None) -> Input:
+    from casbackup.formats.bytesource import beginning
     from casbackup.formats.registry import recognise
-    from casbackup.formats.source import beginning
 
     first, source = beginning(source)
     try:

@@ -13,6 +13,7 @@ import pytest
 from casbackup.block.memory import MemoryDevice
 from casbackup.errors import ArchiveLimit, DataDamage, SnapshotNotFound, TargetFull
 from casbackup.formats import proxmox
+from casbackup.formats.decompress import decompressed
 from casbackup.formats.port import (
     ArchiveConfig,
     ArchiveDisk,
@@ -25,7 +26,6 @@ from casbackup.formats.port import (
 )
 from casbackup.formats.qcow2 import FORMAT as QCOW2
 from casbackup.formats.raw import FORMAT as RAW
-from casbackup.formats.source import decompressed
 from casbackup.formats.stream import FORMAT as STREAM
 from casbackup.formats.tar import FORMAT as TAR
 from casbackup.formats.vma import FORMAT as VMA

@@ -19,9 +19,9 @@ from casbackup.errors import (
     CasbackupError,
     UsageError,
 )
+from casbackup.formats.decompress import decompressed
 from casbackup.formats.names import config_names, disk_names, file_names
 from casbackup.formats.port import ArchiveConfig, ArchiveDisk, ArchiveHead, Data, Event, Zeros
-from casbackup.formats.source import decompressed
 from casbackup.formats.vma import FORMAT as VMA
 from casbackup.ids import DEFAULT_NAMESPACE, VmName
 from casbackup.jobs.backup import BackupRequest, DiskInput, backup

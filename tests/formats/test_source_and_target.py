@@ -28,8 +28,10 @@ from casbackup.errors import (
     ToolMissing,
     UsageError,
 )
+from casbackup.formats.bytesource import DescriptorSource, beginning
+from casbackup.formats.decompress import decompressed
 from casbackup.formats.port import ByteRange, ByteSource
-from casbackup.formats.source import DescriptorSource, archive_source, beginning, decompressed
+from casbackup.formats.source import archive_source
 from casbackup.formats.target import archive_target, written
 
 MiB = 1024 * 1024
