@@ -107,9 +107,11 @@ def test_standard_output(backed: Casbackup) -> None:
         (["--exec", "true", "--vma"], 2, "usage"),
     ],
 )
-def test_exports_that_cannot_be(backed: Casbackup, arguments: list[str], status: int, code: str) -> None:
+def test_exports_that_cannot_be(
+    backed: Casbackup, arguments: list[str], status: int, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = sorted(os.listdir(backed.folder))
-    os.chdir(backed.folder)
+    monkeypatch.chdir(backed.folder)
     assert backed.fails(status, "export", "vm/100", *arguments)["code"] == code
     assert sorted(os.listdir(backed.folder)) == before, "nothing is left behind"
 
@@ -311,8 +313,10 @@ def test_a_header_that_claims_two_gigabytes(cb: Casbackup, start: Start) -> None
         (["vm/1", "x", "--format", "zip"], "archive-unknown"),
     ],
 )
-def test_imports_that_make_no_sense(cb: Casbackup, arguments: list[str], code: str) -> None:
-    os.chdir(cb.folder)
+def test_imports_that_make_no_sense(
+    cb: Casbackup, arguments: list[str], code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(cb.folder)
     (cb.folder / "x").write_bytes(b"")
     result = cb("import", *arguments, "--json")
     assert result.status != 0
