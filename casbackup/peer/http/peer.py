@@ -11,13 +11,13 @@ from casbackup.limits import MAX_FORGET
 from casbackup.peer.http.address import Address
 from casbackup.peer.http.heartbeat import Heartbeat
 from casbackup.peer.http.repository import RemoteRepository
-from casbackup.peer.http.session import HttpSession, known_ids, new_attachment
+from casbackup.peer.http.session import HttpSession, new_attachment
 from casbackup.peer.http.transport import ANONYMOUS, PATIENCE_S, Credentials, Transport
 from casbackup.peer.usage import UsageReport, usage_from_map
 from casbackup.repository.catalog import Snapshot
 from casbackup.spec.config import RepositoryConfig
 from casbackup.spec.manifest import encode_manifest
-from casbackup.spec.wire import ATTACHMENT_HEADER, READING_HEADER, FrameParser, pack_ids
+from casbackup.spec.wire import READING_HEADER, FrameParser, pack_ids
 from casbackup.store.blobstore import Fetched
 
 _FETCH_IDS = 256
@@ -123,9 +123,7 @@ class HttpPeer:
         session = answer.get("id")
         if not isinstance(session, str):
             raise ServerProtocolError("the server opened a session without an id")
-        headers = {ATTACHMENT_HEADER: attachment}
-        known = known_ids(self._remote.request("GET", f"/sessions/{session}/known", headers=headers))
-        return HttpSession(self._remote, self._heartbeat, SessionId(session), attachment, known)
+        return HttpSession(self._remote, self._heartbeat, SessionId(session), attachment)
 
     def _read(self, reading: str, snapshot: Snapshot) -> None:
         """Begin a reading, or say that it goes on; a server that was restarted begins it anew."""

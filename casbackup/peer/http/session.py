@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -29,30 +30,25 @@ def new_attachment() -> str:
 
 
 class HttpSession:
-    """Implements ``PeerSession``. What the server said it has is remembered and not asked again."""
+    """Implements ``PeerSession``. Whoever asks about leaves gets all that the VM's last snapshot has told at once,
+    megabytes for a large disk; others, such as a sync, do not.
+    """
 
-    def __init__(
-        self,
-        remote: RemoteRepository,
-        heartbeat: Heartbeat,
-        session: SessionId,
-        attachment: str,
-        known: Sequence[BlobId],
-    ) -> None:
-        """``known``: blobs that the server has, as it told this session."""
+    def __init__(self, remote: RemoteRepository, heartbeat: Heartbeat, session: SessionId, attachment: str) -> None:
         self.id = session
         self._remote = remote
         self._heartbeat = heartbeat
         self._path = f"/sessions/{session}"
         self._attachment = attachment
-        self._known = set(known)
+        self._known: set[BlobId] | None = None
+        self._getting_known = threading.Lock()
         self._uploads = Uploads(self._post)
         self._ended = False
         heartbeat.add(self, self._beat)
 
     def missing(self, ids: Sequence[BlobId]) -> set[BlobId]:
         self._uploads.raise_failure()
-        known, held = self._known, self._uploads.holds
+        known, held = self._known or (), self._uploads.holds
         asked = [i for i in ids if i not in known and not held(i)]
         found: set[BlobId] = set()
         for start in range(0, len(asked), MAX_QUESTION_IDS):
@@ -60,7 +56,7 @@ class HttpSession:
         return found
 
     def missing_leaf(self, leaf: BlobId, chunks: Sequence[BlobId]) -> set[BlobId]:
-        if leaf in self._known or self._uploads.holds(leaf):
+        if leaf in self._all_known() or self._uploads.holds(leaf):
             return set()
         missing = self.missing([leaf, *chunks])
         return missing if leaf in missing else set()
@@ -128,6 +124,14 @@ class HttpSession:
         if self._ended:
             raise SessionNotFound(f"session {self.id} has ended")
 
+    def _all_known(self) -> set[BlobId]:
+        """What the server says beforehand that it has."""
+        if self._known is None:
+            with self._getting_known:
+                if self._known is None:
+                    self._known = set(known_ids(self._request("GET", "/known")))
+        return self._known
+
     def _ask(self, ids: Sequence[BlobId]) -> set[BlobId]:
         flags = unpack_flags(self._request("POST", "/missing", pack_ids(ids)), len(ids))
         return {blob_id for blob_id, missing in zip(ids, flags, strict=True) if missing}
@@ -153,7 +157,7 @@ class HttpSession:
     def _beat(self) -> None:
         self._once("POST", "/heartbeat", b"")
 
-    def _request(self, method: str, path: str, body: bytes) -> bytes:
+    def _request(self, method: str, path: str, body: bytes | None = None) -> bytes:
         """Attaches anew when the server was restarted: what it stored is there, and is asked for anew."""
         for _ in range(_REATTACHMENTS):
             try:
@@ -167,7 +171,7 @@ class HttpSession:
         self._uploads.forget()
         self._remote.ask(f"{self._path}/resume", {"attachment": self._attachment})
 
-    def _once(self, method: str, path: str, body: bytes) -> bytes:
+    def _once(self, method: str, path: str, body: bytes | None) -> bytes:
         return self._remote.request(method, self._path + path, body, headers={ATTACHMENT_HEADER: self._attachment})
 
 

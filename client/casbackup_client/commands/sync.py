@@ -68,7 +68,8 @@ def sync(
         report = job(first, second, request, limit=limit, progress=progress)
     document = _document(report, round((time.monotonic() - began_s) * 1000), dry_run=dry_run)
     essential = dry_run or not report.is_complete
-    app.output.result(document, lambda: _lines(document, everything=app.verbose), essential=essential)
+    left_out = {"copied", "present"} if app.quiet else set() if app.verbose else {"present"}
+    app.output.result(document, lambda: _lines(document, left_out), essential=essential)
     if not report.is_complete:
         raise SyncIncomplete(f"not copied: {counted(len(report.failed) + len(report.unreadable), 'snapshot')}")
 
@@ -139,11 +140,11 @@ def _snapshot(result: SnapshotResult) -> SyncedSnapshotDocument:
     }
 
 
-def _lines(document: SyncDocument, *, everything: bool) -> list[str]:
+def _lines(document: SyncDocument, left_out: set[str]) -> list[str]:
     from casbackup.units import format_duration, format_size
 
     dry_run = document["dry_run"]
-    lines = [_line(item) for item in document["snapshots"] if everything or item["outcome"] != "present"]
+    lines = [_line(item) for item in document["snapshots"] if item["outcome"] not in left_out]
     lines += document["unreadable"]
     for key, done, planned in (
         ("removed", "removed", "would be removed"),
