@@ -68,6 +68,36 @@ def test_every_command_prints_its_document(bare: Casbackup) -> None:
         conforms(cb.json(*arguments), kind, " ".join(map(str, arguments[:1])))
 
 
+def test_documents_of_archives(cb: Casbackup) -> None:
+    cb.ok("backup", "vm/100", f"scsi0={cb.disk()}")
+    archive, damaged = cb.folder / "x.vma", cb.folder / "damaged.vma"
+    commands: list[tuple[type, list[object]]] = [
+        (documents.ExportDocument, ["export", "vm/100", archive]),
+        (documents.ImportDocument, ["import", "vm/200", archive]),
+        (documents.SnapshotResultDocument, ["show", "vm/200"]),
+        (documents.ArchiveListDocument, ["archive", "list", archive]),
+        (documents.ArchiveConfigContentDocument, ["archive", "config", archive]),
+        (documents.ArchiveVerifyDocument, ["archive", "verify", archive]),
+        (documents.ArchiveExtractDocument, ["archive", "extract", archive, cb.folder / "out"]),
+        (documents.ArchiveSalvageDocument, ["archive", "salvage", archive, cb.folder / "saved"]),
+        (documents.ArchiveConvertDocument, ["archive", "convert", archive, cb.folder / "x.tar"]),
+        (documents.FormatsDocument, ["archive", "formats"]),
+    ]
+    for kind, arguments in commands:
+        conforms(cb.json(*arguments), kind, " ".join(map(str, arguments[:2])))
+    damaged.write_bytes(archive.read_bytes()[:-5000])
+    for kind, arguments, status in [
+        (documents.ImportDocument, ["import", "vm/300", damaged, "--allow-incomplete"], 3),
+        (documents.ArchiveVerifyDocument, ["archive", "verify", damaged], 1),
+        (documents.ArchiveExtractDocument, ["archive", "extract", damaged, cb.folder / "a", "--allow-incomplete"], 3),
+        (documents.ArchiveSalvageDocument, ["archive", "salvage", damaged, cb.folder / "b"], 3),
+    ]:
+        result = cb(*arguments, "--json")
+        assert result.status == status
+        conforms(result.json, kind, " ".join(map(str, arguments[:2])))
+    conforms(cb.json("show", "vm/300"), documents.SnapshotResultDocument)
+
+
 def test_errors_are_documents_too(bare: Casbackup) -> None:
     for arguments in (["snapshots"], ["no-such-command"], ["backup"]):
         result = bare(*arguments, "--json")
