@@ -33,8 +33,11 @@ def test_the_static_list_agrees_with_the_commands(name: str) -> None:
 
 
 def test_every_module_of_commands_is_listed() -> None:
+    """Subcommands may be in modules that are called after their group, such as ``archive_verify``."""
+    listed = {entry.place.partition(":")[0] for entry in ENTRIES.values()}
     modules = {path.stem for path in (ROOT / "client/casbackup_client/commands").glob("*.py")} - {"__init__"}
-    assert modules == {entry.place.partition(":")[0] for entry in ENTRIES.values()}
+    assert listed <= modules
+    assert {name for name in modules if name not in listed and name.partition("_")[0] not in listed} == set()
 
 
 def test_help_is_grouped(bare: Casbackup) -> None:
