@@ -56,6 +56,8 @@ _CHUNKS_BYTES = 4 * MiB
 """Content of the chunks of one request; less is stored and sent."""
 _ENOUGH_WAITING = 8192
 """Chunks waiting to be moved, some 300 MB: enough for the next seconds."""
+_MOST_PARCELS = 250_000
+"""No further nodes are opened beside others while there are so many, which takes 100 MB."""
 _NAMED_LOSSES = 16
 
 
@@ -254,6 +256,8 @@ class Copier:
             return None
         for level in range(CHUNK, MAX_LEVEL + 1):
             if level != CHUNK and self._unfetched[level]:
+                if self._busy and len(self._parcels) >= _MOST_PARCELS:
+                    return None
                 batch = _taken(self._unfetched[level], _LEAVES if level == 0 else _INNER_NODES)
                 return lambda: self._open_nodes(batch)
             if self._unasked[level]:
@@ -288,10 +292,10 @@ class Copier:
 
     def _ask(self, batch: Sequence[_Parcel]) -> None:
         missing = self._destination.missing([parcel.id for parcel in batch])
-        absent = [parcel for parcel in batch if parcel.id in missing]
-        self._settle([parcel for parcel in batch if parcel.id not in missing])
         with self._changed:
-            self._unfetched[batch[0].level].extend(absent)
+            self._unfetched[batch[0].level].extend(parcel for parcel in batch if parcel.id in missing)
+            self._changed.notify_all()
+        self._settle([parcel for parcel in batch if parcel.id not in missing])
 
     def _open_nodes(self, batch: Sequence[_Parcel]) -> None:
         """Fetch nodes, and want what is below them."""

@@ -58,11 +58,12 @@ class LiveRequest:
 
 
 class DiskReport(NamedTuple):
-    """How a disk was read. ``reason``: why all of it was, if it was."""
+    """How a disk was read. ``reason``: why all of it was, if it was. ``lost``: although there had been a bitmap."""
 
     name: DiskName
     increment: bool
     reason: str
+    lost: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ class _LiveBackup:
             self._remove_bitmaps(token)
             raise
         self._remove_stale_bitmaps(plans, token)
-        reports = [DiskReport(p.disk.name, p.based_on.is_increment, p.based_on.reason) for p in plans]
+        reports = [DiskReport(p.disk.name, p.based_on.is_increment, p.based_on.reason, p.based_on.lost) for p in plans]
         return LiveReport(snapshot, reports, instant)
 
     # --- what each disk is based on
@@ -169,7 +170,7 @@ class _LiveBackup:
             return _Plan(disk, based_on, None)
         base = next(d for d in known[based_on.token].manifest.disks if d.name == disk.name)
         if base.root != BlobId(bytes(32)) and self._session.missing([base.root]):
-            return _Plan(disk, BasedOn(None, "the snapshot before is damaged"), None)
+            return _Plan(disk, BasedOn(None, "the snapshot before is damaged", lost=True), None)
         return _Plan(disk, based_on, base)
 
     # --- reading

@@ -157,7 +157,8 @@ class _Sync:
         goals = [_SnapshotGoal(self._source, snapshot, adopt, self._note) for snapshot in snapshots]
         for goal in goals:
             self._progress.advance(done=goal.leave_out(missing))
-        copier = Copier(self._source, session, limit=self._limit, progress=self._progress, only_count=adopt is None)
+        limit = NO_LIMIT if adopt is None else self._limit
+        copier = Copier(self._source, session, limit=limit, progress=self._progress, only_count=adopt is None)
         try:
             copier.run(goals)
         finally:

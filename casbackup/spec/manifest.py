@@ -31,6 +31,7 @@ from casbackup.ids import (
     Namespace,
     SnapshotId,
     VmName,
+    parse_config_name,
     parse_disk,
     parse_namespace,
     parse_vm,
@@ -263,7 +264,7 @@ def _from_map(body: Mapping[str, Any]) -> Manifest:
         time_ms=_typed(body["time_ms"], int),
         sequence=_typed(body["sequence"], int),
         disks=tuple(_disk(*fields) for fields in body["disks"]),
-        configs=tuple(ConfigRecord(_typed(n, str), _typed(s, int), _blob_id(i)) for n, s, i in body["configs"]),
+        configs=tuple(_config(*fields) for fields in body["configs"]),
         parent=None if parent is None else SnapshotId(_typed(parent, str)),
         labels=tuple(_typed(label, str) for label in body["labels"]),
         notes=_typed(body["notes"], str),
@@ -306,6 +307,11 @@ def _disk(name: object, size_bytes: object, root: object, source: object, role: 
     if not 0 <= size <= MAX_DISK_BYTES:
         raise ValueError(f"a disk of {size} bytes")
     return DiskRecord(parse_disk(_typed(name, str)), size, _blob_id(root), _typed(source, str), _typed(role, str))
+
+
+def _config(name: object, size_bytes: object, blob: object) -> ConfigRecord:
+    """A name becomes a file's when it is restored, so it may not be just any: the manifest may come from elsewhere."""
+    return ConfigRecord(parse_config_name(_typed(name, str)), _typed(size_bytes, int), _blob_id(blob))
 
 
 def _blob_id(value: object) -> BlobId:

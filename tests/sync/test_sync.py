@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from casbackup.errors import DataDamage, ServerUnreachable, SnapshotConflict, SnapshotNotFound, UsageError
 from casbackup.ids import DiskName
+from casbackup.jobs.ratelimit import BytesPerSecond
 from casbackup.jobs.sync import SyncRequest, sync
 from casbackup.jobs.sync_report import SyncReport
 from casbackup.limits import SEGMENT_BYTES
@@ -500,7 +502,7 @@ def test_what_was_acknowledged_is_not_sent_again(pair: Pair, which: str) -> None
     needed = set[bytes]().union(*(blobs_of(pair.here, s) for s in pair.here.repository.catalog.all()))
     sent = breaks = 0
     while True:
-        before = breaking_after(4 + 3 * breaks)
+        before = breaking_after(4 + breaks)
         here = WatchedPeer(pair.here.peer, before if which == "here" else lambda _: None)
         there = WatchedPeer(pair.there.peer, before if which == "there" else lambda _: None)
         try:
@@ -657,3 +659,31 @@ def test_progress_ends_at_its_end(pair: Pair) -> None:
     report = sync(pair.here.peer, pair.there.peer, SyncRequest(), progress=progress)
     assert progress.done == progress.total == sum(s.manifest.size_bytes - 1 for s in pair.here.repository.catalog.all())
     assert progress.new == report.total.stored_bytes
+
+
+def test_a_limit_is_kept(pair: Pair) -> None:
+    class FakeStop(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout or 0.0)
+            clock[0] += timeout or 0.0
+            return False
+
+    waits: list[float] = []
+    clock = [0.0]
+    limit = BytesPerSecond(1000, monotonic_s=lambda: clock[0])
+    stop = FakeStop()
+    for _ in range(10):
+        limit.pass_on(500, stop)
+    assert clock[0] == pytest.approx(5.0)
+    clock[0] += 60
+    limit.pass_on(500, stop)
+    limit.pass_on(1000, stop)
+    assert waits[-1] == pytest.approx(1.0), "no more than half a second is made up"
+
+
+def test_a_limited_sync_takes_its_time(pair: Pair) -> None:
+    pair.here.backup({"scsi0": disk_bytes(1, 256)})
+    began_s = time.monotonic()
+    report = sync(pair.here.peer, pair.there.peer, SyncRequest(), limit=BytesPerSecond(1_000_000))
+    assert time.monotonic() - began_s > report.total.stored_bytes / 1_000_000 - 0.6
+    pair.require_equal()
