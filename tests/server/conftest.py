@@ -146,6 +146,10 @@ class ServerProcess:
     process: subprocess.Popen[str] | None = None
 
     @property
+    def log(self) -> Path:
+        return self.folder.with_name("server.log")
+
+    @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/{NAME}"
 
@@ -153,15 +157,16 @@ class ServerProcess:
         """Start it, and wait until it answers."""
         self.port = self.port or _free_port()
         arguments = ["serve", "--listen", f"127.0.0.1:{self.port}", "--repository", f"{NAME}={self.folder}"]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", START, *arguments, *self.options],
-            stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(_paths())},
-            text=True,
-        )
+        with self.log.open("a") as log:  # a pipe that nobody reads would stop the server
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", START, *arguments, *self.options],
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(_paths())},
+                text=True,
+            )
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.process.stderr and self.process.stderr.read()
+            assert self.process.poll() is None, self.log.read_text()
             with contextlib.suppress(urllib3.exceptions.HTTPError):
                 urllib3.PoolManager(retries=False).request("GET", f"http://127.0.0.1:{self.port}/v1/openapi.json")
                 return
@@ -172,16 +177,15 @@ class ServerProcess:
         self._end(signal.SIGKILL)
 
     def stop(self) -> tuple[int, str]:
-        """SIGTERM; its exit status and what it wrote to standard error."""
+        """SIGTERM; its exit status and its log."""
         return self._end(signal.SIGTERM)
 
     def _end(self, number: int) -> tuple[int, str]:
         assert self.process is not None
         self.process.send_signal(number)
-        _, err = self.process.communicate(timeout=40)
-        status = self.process.returncode
+        status = self.process.wait(timeout=40)
         self.process = None
-        return status, err
+        return status, self.log.read_text()
 
 
 @pytest.fixture
@@ -215,15 +219,31 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     return command
 
 
+_started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def no_client_left() -> Iterator[None]:
+    """Ends the commands that a test that failed has left."""
+    yield
+    while _started:
+        left = _started.pop()
+        if left.poll() is None:
+            left.kill()
+        left.communicate()
+
+
 def client(*arguments: object, **environment: str) -> subprocess.Popen[str]:
     """A ``casbackup`` command as a process."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", START, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(_paths()), **environment},
         text=True,
     )
+    _started.append(process)
+    return process
 
 
 def committed(folder_or_peer: Any, content: bytes, vm: str = "vm/100") -> Snapshot:
