@@ -12,6 +12,10 @@ ByteBuffer = bytearray | mmap
 """What a segment is read into. Slices of both are bytes of their own."""
 
 
-def aligned_buffer(length: int) -> mmap:
-    """``length`` (above zero) writable zero bytes that begin on a page."""
-    return mmap(-1, length)
+_SMALL_BYTES = 64 * 1024
+"""Smaller buffers are not worth a mapping of their own, of which a process has 65,530 at the most."""
+
+
+def aligned_buffer(length: int) -> ByteBuffer:
+    """``length`` writable zero bytes that begin on a page, unless they are few."""
+    return mmap(-1, length) if length >= _SMALL_BYTES else bytearray(length)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from mmap import mmap
 
+from casbackup.buffers import ByteBuffer, aligned_buffer
 from casbackup.units import KiB, MiB
 
 MAX_BUFFER_BYTES = 1 * MiB
@@ -23,7 +25,7 @@ class BufferPool:
             raise ValueError(f"a limit of {limit_bytes} bytes is too small")
         self._limit_bytes = limit_bytes
         self._lent_bytes = 0
-        self._idle: dict[int, list[bytearray]] = {}
+        self._idle: dict[int, list[ByteBuffer]] = {}
         self._idle_bytes = 0
         self._closed = False
         self._changed = threading.Condition()
@@ -49,7 +51,7 @@ class BufferPool:
     def give_back(self, buffer: memoryview) -> None:
         """Take back what ``take`` gave, the very view, once."""
         block = buffer.obj
-        assert isinstance(block, bytearray)
+        assert isinstance(block, bytearray | mmap)
         with self._changed:
             self._lent_bytes -= len(block)
             if not self._closed:
@@ -64,7 +66,7 @@ class BufferPool:
             self._drop_idle()
             self._changed.notify_all()
 
-    def _buffer(self, size: int) -> bytearray:
+    def _buffer(self, size: int) -> ByteBuffer:
         self._lent_bytes += size
         fitting = self._idle.get(size)
         if fitting:
@@ -72,7 +74,7 @@ class BufferPool:
             return fitting.pop()
         if self._lent_bytes + self._idle_bytes > self._limit_bytes:
             self._drop_idle()
-        return bytearray(size)
+        return aligned_buffer(size)
 
     def _drop_idle(self) -> None:
         self._idle.clear()

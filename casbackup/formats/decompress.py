@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, cast
 
+from casbackup.buffers import aligned_buffer
 from casbackup.errors import ArchiveDamaged, SourceUnreadable
 from casbackup.formats.bytesource import beginning, read_some
 from casbackup.formats.child import Child
@@ -152,7 +153,7 @@ def _feeding(raw: ByteSource, child: Child) -> Iterator[None]:
     """Pass what ``raw`` has on to a program, in a thread of its own."""
 
     def feed() -> None:
-        buffer = memoryview(bytearray(_FEED_BYTES))
+        buffer = memoryview(aligned_buffer(_FEED_BYTES))
         with contextlib.suppress(OSError, SourceUnreadable), child.input as pipe:
             while got := read_some(raw, buffer):
                 pipe.write(buffer[:got])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from casbackup.buffers import aligned_buffer
 from casbackup.errors import ArchiveIncomplete, ArchiveUnsupported, SourceChanged
 from casbackup.formats.port import (
     ArchiveDisk,
@@ -52,7 +53,7 @@ class RawArchive:
 
     def events(self) -> Iterator[Event]:
         """:raise SourceChanged: when the file has become shorter."""
-        buffer = memoryview(bytearray(COPY_BYTES))
+        buffer = memoryview(aligned_buffer(COPY_BYTES))
         position = 0
         for extent in self._data_ranges():
             if extent.offset > position:

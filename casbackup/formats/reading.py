@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from casbackup.buffers import aligned_buffer
 from casbackup.errors import ArchiveDamaged
 from casbackup.formats.port import ByteSource, Data
 from casbackup.units import MiB
@@ -68,7 +69,7 @@ def skip(source: ByteSource, length: int, what: str) -> None:
 def drain(source: ByteSource) -> None:
     """Read a pipe to its end, so that who writes to it does not fail for want of a reader."""
     if not source.seekable:
-        buffer = memoryview(bytearray(COPY_BYTES))
+        buffer = memoryview(aligned_buffer(COPY_BYTES))
         while source.read_into(buffer) == len(buffer):
             pass
 
@@ -80,7 +81,7 @@ def disk_name(source: ByteSource) -> str:
 
 def _read_over(source: ByteSource, length: int, what: str) -> None:
     at = source.tell()
-    buffer = memoryview(bytearray(min(length, COPY_BYTES)))
+    buffer = memoryview(aligned_buffer(min(length, COPY_BYTES)))
     while length > 0:
         piece = buffer[:length]
         if source.read_into(piece) < len(piece):

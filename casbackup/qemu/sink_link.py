@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from casbackup.block.buffers import MAX_BUFFER_BYTES
 from casbackup.block.spool import Consumer
+from casbackup.buffers import aligned_buffer
 from casbackup.errors import SinkLost
 from casbackup.units import KiB, MiB
 
@@ -90,7 +91,7 @@ def receive_all(stream: socket.socket, consumer: Consumer) -> bool:
     Errors are those of the consumer.
     """
     header = memoryview(bytearray(_HEADER.size))
-    buffer = memoryview(bytearray(MAX_BUFFER_BYTES))
+    buffer = memoryview(aligned_buffer(MAX_BUFFER_BYTES))
     while _receive(stream, header):
         kind, disk, offset, length = _HEADER.unpack(header)
         if kind == _END:

@@ -15,6 +15,7 @@ from casbackup.block.nbd.exports import Receiver
 from casbackup.block.nbd.haggling import Chosen
 from casbackup.block.nbd.protocol import Command, Errno
 from casbackup.block.nbd.wire import Wire
+from casbackup.buffers import aligned_buffer
 from casbackup.errors import CasbackupError, NbdProtocolError
 from casbackup.units import KiB
 
@@ -292,7 +293,7 @@ class Session:
         if length > MAX_BUFFER_BYTES:
             return memoryview(bytearray(length))
         if not self._buffer:
-            self._buffer = memoryview(bytearray(MAX_BUFFER_BYTES))
+            self._buffer = memoryview(aligned_buffer(MAX_BUFFER_BYTES))
         return self._buffer[:length]
 
 

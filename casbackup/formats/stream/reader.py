@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from casbackup.buffers import aligned_buffer
 from casbackup.errors import ArchiveDamaged, ToolFailed
 from casbackup.formats.port import (
     ArchiveHead,
@@ -43,7 +44,7 @@ class StreamArchive:
     def events(self) -> Iterator[Event]:
         """:raise ToolFailed: when the other side reports an error of its own."""
         source = self._source
-        buffer = memoryview(bytearray(_PIECE_BYTES))
+        buffer = memoryview(aligned_buffer(_PIECE_BYTES))
         while True:
             at = source.tell()
             kind, disk, offset, length = _frame(source)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from casbackup.buffers import aligned_buffer
 from casbackup.errors import ArchiveDamaged, ArchiveUnsupported
 from casbackup.formats.port import (
     ArchiveConfig,
@@ -54,7 +55,7 @@ class TarArchive:
 
     def events(self) -> Iterator[Event]:
         """:raise ArchiveDamaged: when a member is missing, has another size, or is cut short."""
-        buffer = memoryview(bytearray(COPY_BYTES))
+        buffer = memoryview(aligned_buffer(COPY_BYTES))
         for number, (name, disk) in enumerate(zip(self._members, self.head.disks, strict=True)):
             member = _expected(self._find(name), name, disk.size_bytes, self._source)
             yield from events_of(member, number, self._source, buffer)

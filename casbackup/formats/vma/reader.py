@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from casbackup.buffers import aligned_buffer
 from casbackup.errors import ArchiveDamaged
 from casbackup.formats.port import ArchiveHead, ByteSource, Event, Order, ReaderCapabilities, Zeros
 from casbackup.formats.vma.extent import (
@@ -52,7 +53,7 @@ class VmaArchive:
     def events(self) -> Iterator[Event]:
         """See ``Archive``. What lies next to each other in an extent is one event of up to 59 clusters."""
         header = memoryview(bytearray(vma.EXTENT_BYTES))
-        buffer = memoryview(bytearray(vma.MAX_EXTENT_BLOCKS * vma.BLOCK_BYTES))
+        buffer = memoryview(aligned_buffer(vma.MAX_EXTENT_BLOCKS * vma.BLOCK_BYTES))
         while (got := self._source.read_into(header)) > 0:
             if got < vma.EXTENT_BYTES:
                 raise self._damaged(f"the archive ends within an extent's header, after {got} bytes")
