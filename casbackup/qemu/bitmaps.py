@@ -49,10 +49,14 @@ def token_of(name: str, target: str) -> str | None:
 
 
 class BasedOn(NamedTuple):
-    """How a disk is going to be read. ``token``: of the bitmap to use; None: read it all, because of ``reason``."""
+    """How a disk is going to be read. ``token``: of the bitmap to use; None: read it all, because of ``reason``.
+
+    ``lost``: there was a bitmap, and it cannot be used.
+    """
 
     token: str | None
     reason: str = ""
+    lost: bool = False
 
     @property
     def is_increment(self) -> bool:
@@ -68,7 +72,7 @@ def choose(disk: LiveDisk, target: str, known: Mapping[str, Mapping[DiskName, in
         return BasedOn(None, "no snapshot has a dirty bitmap yet")
     bitmaps = {token: b for b in disk.bitmaps if (token := token_of(b.name, target)) is not None}
     if not bitmaps:
-        return BasedOn(None, "the dirty bitmap is lost, as it is when the VM was started anew")
+        return BasedOn(None, "the dirty bitmap is lost, as it is when the VM was started anew", lost=True)
     reasons = []
     for token, sizes in known.items():
         bitmap = bitmaps.get(token)
@@ -77,7 +81,8 @@ def choose(disk: LiveDisk, target: str, known: Mapping[str, Mapping[DiskName, in
             if not reason:
                 return BasedOn(token)
             reasons.append(reason)
-    return BasedOn(None, reasons[0] if reasons else "the dirty bitmap belongs to no snapshot that is still here")
+    reasons.append("the dirty bitmap belongs to no snapshot that is still here")
+    return BasedOn(None, reasons[0], lost=True)
 
 
 def _why_not(disk: LiveDisk, bitmap: LiveBitmap, sizes: Mapping[DiskName, int]) -> str:

@@ -56,6 +56,7 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "token": Entry("token:token", "Manage who may use a repository over HTTP."),
         "migrate": Entry("migrate:migrate", "Bring a repository to the current format."),
         "sessions": Entry("sessions:sessions", "List or abort backups that are under way or were interrupted."),
+        "job": Entry("job:job", "List or steer backups of running VMs."),
         "completion": Entry("about:completion", "Print a shell's completion script."),
         "version": Entry("about:version", "Show the version."),
     },

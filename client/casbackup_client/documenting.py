@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from casbackup.repository.gc import GcPlan, GcReport
     from casbackup.repository.repository import Repository
     from casbackup.repository.sessions import SessionRow
-    from casbackup.spec.manifest import ArchiveOrigin, DiskRecord, MissingRange
+    from casbackup.spec.manifest import ArchiveOrigin, DiskRecord, LiveOrigin, MissingRange
     from casbackup.tree.diff import Range
     from casbackup_client.documents import (
         AffectedDocument,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         DifferenceDocument,
         DiskDocument,
         GcDocument,
+        LiveOriginDocument,
         MissingDocument,
         RangeDocument,
         RepositoryDocument,
@@ -74,6 +75,8 @@ def snapshot_document(snapshot: Snapshot) -> SnapshotDocument:
             "duration_ms": stats.duration_ms,
         },
     }
+    if manifest.live is not None:
+        document["live"] = _live_document(manifest.live)
     if manifest.archive is not None:
         document["archive"] = _origin_document(manifest.archive, [disk.name for disk in manifest.disks])
     return document
@@ -89,6 +92,17 @@ def _disk_document(disk: DiskRecord) -> DiskDocument:
     if disk.role:
         document["role"] = disk.role
     return document
+
+
+def _live_document(live: LiveOrigin) -> LiveOriginDocument:
+    return {
+        "mode": live.mode,
+        "qemu": live.qemu,
+        "frozen": live.frozen,
+        "note": live.note,
+        "bitmap": live.bitmap,
+        "increments": list(live.increments),
+    }
 
 
 def _origin_document(origin: ArchiveOrigin, names: Sequence[str]) -> ArchiveOriginDocument:

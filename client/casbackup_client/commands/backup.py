@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from casbackup.errors import UsageError
 from casbackup_client.app import App
+from casbackup_client.live import LiveFlags, live_backup, live_options
 from casbackup_client.options import command, pass_app, vm_argument
 from casbackup_client.views import counted
 
@@ -40,9 +42,11 @@ def _complete_source(_context: click.Context, _parameter: click.Parameter, incom
 @click.option("--format", "image_format", metavar="FORMAT", help="The sources' image format, such as raw or qcow2.")
 @click.option("--resume", metavar="SESSION", help="Go on with a session that was interrupted.")
 @click.option("--time", metavar="TIME", help="The snapshot's time, such as 2026-11-22T20:00:00Z; default: now.")
+@live_options
 @pass_app
 def backup(
     app: App,
+    /,
     vm: str,
     disks: tuple[str, ...],
     configs: tuple[str, ...],
@@ -51,6 +55,7 @@ def backup(
     image_format: str | None,
     resume: str | None,
     time: str | None,
+    **live: Any,
 ) -> None:
     """Back up the disks of a VM as one snapshot.
 
@@ -62,6 +67,13 @@ def backup(
     casbackup backup vm/100 scsi0=vm.raw
     casbackup backup vm/100 scsi0=root.qcow2 virtio1=/dev/vg0/data --config 100.conf
     zcat vm.raw.gz | casbackup backup vm/100 scsi0=-
+
+    With --qmp the VM is running, and all its disks are backed up as they are at one instant. The guest goes on and
+    sees neither an error nor a pause beyond --max-guest-stall because of it. The next such backup reads only what
+    the guest has written since.
+
+    \b
+    casbackup backup vm/100 --qmp /run/vm100.qmp --config /etc/pve/qemu-server/100.conf
 
     What is stored already is not stored again. An interrupted backup leaves no snapshot, and what it stored
     is not sent again by the next one.
@@ -77,12 +89,32 @@ def backup(
     checked_labels = tuple(dict.fromkeys(parse_label(label) for label in labels))
     time_ms = None if time is None else parse_time(time)
     files = sources.read_configs(configs)
+    flags = LiveFlags(**live)
+    flags.check()
 
     def request(inputs: list[DiskInput]) -> BackupRequest:
         return job.BackupRequest(
             app.namespace, name, inputs, files, checked_labels, notes, host(), program(), time_ms, session
         )
 
+    if flags.qmp is not None:
+        if wanted or image_format:
+            raise UsageError("with --qmp the disks are the VM's own: give neither DISK=SOURCE nor --format")
+        report = live_backup(
+            app,
+            flags,
+            namespace=app.namespace,
+            vm=name,
+            configs=files,
+            labels=checked_labels,
+            notes=notes,
+            host=host(),
+            program=program(),
+            time_ms=time_ms,
+            resume=session,
+        )
+        _show(app, report.snapshot)
+        return
     with app.peer() as peer, sources.opened(wanted, image_format) as inputs, app.progress() as progress:
         snapshot = job.backup(peer, request(inputs), progress)
     _show(app, snapshot)

@@ -1,0 +1,181 @@
+"""``backup --qmp``: a running VM as the source."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import click
+
+from casbackup.errors import UsageError
+
+if TYPE_CHECKING:
+    from casbackup.jobs.live import LiveReport
+    from casbackup.qemu.control import LiveControl
+    from casbackup.qemu.qmp import QmpClient
+    from casbackup.qemu.source import LiveOptions
+    from casbackup_client.app import App
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class LiveFlags(NamedTuple):
+    """The options of the command line that are about running VMs, as given."""
+
+    qmp: str | None
+    only: tuple[str, ...]
+    exclude: tuple[str, ...]
+    mode: str | None
+    freeze: str | None
+    agent: str | None
+    max_guest_stall: str | None
+    memory: str | None
+    speed: str | None
+    full: bool
+    no_bitmap: bool
+    verify_unchanged: str | None
+
+    def check(self) -> None:
+        """:raise UsageError: when one is given that means nothing without ``--qmp``."""
+        if self.qmp is None and any(self[1:]):
+            raise UsageError("options for a running VM were given, but not --qmp, the socket to reach it by")
+
+
+def live_options(function: F) -> F:
+    """The options of ``LiveFlags``."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+_OPTIONS = (
+    click.option("--qmp", metavar="SOCKET", help="Back up a running VM, through QEMU's QMP socket."),
+    click.option(
+        "--disk",
+        "only",
+        metavar="NAME[=NODE]",
+        multiple=True,
+        help="With --qmp: back up only this disk, or a block node under a name. Repeatable.",
+    ),
+    click.option(
+        "--exclude-disk",
+        "exclude",
+        metavar="NAME",
+        multiple=True,
+        help="With --qmp: leave this disk out. Repeatable.",
+    ),
+    click.option(
+        "--mode",
+        type=click.Choice(["auto", "push", "pull"]),
+        help="With --qmp: who moves the data; default: auto.",
+    ),
+    click.option(
+        "--freeze",
+        type=click.Choice(["auto", "require", "never"]),
+        help="With --qmp: whether the guest's agent freezes its file systems for the instant; default: auto.",
+    ),
+    click.option(
+        "--guest-agent",
+        "agent",
+        metavar="SOCKET",
+        help="With --qmp: the agent's socket, if it is not one that QEMU calls qga.",
+    ),
+    click.option(
+        "--max-guest-stall",
+        metavar="DURATION",
+        help="With --qmp: how long a write of the guest may wait before the backup is given up; default: 2s.",
+    ),
+    click.option(
+        "--memory",
+        metavar="SIZE",
+        help="With --qmp: for data that the guest need not wait for any more; default: 64MiB.",
+    ),
+    click.option("--speed", metavar="SIZE", help="With --qmp: copy at most so much a second in the background."),
+    click.option("--full", is_flag=True, help="With --qmp: read everything, whatever dirty bitmaps say."),
+    click.option("--no-bitmap", is_flag=True, help="With --qmp: leave no dirty bitmap for the next backup."),
+    click.option(
+        "--verify-unchanged",
+        metavar="PERCENT",
+        help="With --qmp: compare so much of what a dirty bitmap calls unchanged with what is stored.",
+    ),
+)
+
+
+def live_backup(app: App, flags: LiveFlags, **request: Any) -> LiveReport:
+    """Back up the VM behind ``flags.qmp``. ``request``: for ``LiveRequest``. Warnings go to stderr."""
+    from casbackup.jobs import live as job
+    from casbackup.qemu.control import LiveControl
+    from casbackup.qemu.disks import Selection
+    from casbackup.qemu.machine import Machine
+    from casbackup.qemu.qmp import QmpClient
+    from casbackup.qemu.source import Mode
+    from casbackup.units import parse_size
+    from casbackup_client.control import ControlServer
+
+    assert flags.qmp is not None
+    wanted = job.LiveRequest(**request, full=flags.full, track=not flags.no_bitmap)
+    control = LiveControl(speed_limit_bytes_s=parse_size(flags.speed) if flags.speed else 0)
+    with app.peer() as peer, QmpClient.connect(flags.qmp) as qmp:
+        machine = Machine(qmp, Selection(flags.only, flags.exclude), _options(flags, qmp), Mode(flags.mode or "auto"))
+        for warning in machine.warnings():
+            app.output.complain(warning)
+        with ControlServer(control, wanted.namespace, wanted.vm), _signals(control), app.progress() as progress:
+            report = job.live_backup(
+                peer, machine, wanted, control=control, report=app.output.complain, progress=progress
+            )
+    _tell(app, report)
+    return report
+
+
+def _tell(app: App, report: LiveReport) -> None:
+    """Plainly, why a disk was read as a whole, unless nothing else was to be expected."""
+    for disk in report.disks:
+        if disk.lost:
+            app.output.complain(f"{disk.name} was read as a whole: {disk.reason}")
+    if report.instant.note and not report.instant.frozen and app.verbose:
+        app.output.complain(f"the guest was not frozen: {report.instant.note}")
+
+
+def _options(flags: LiveFlags, qmp: QmpClient) -> LiveOptions:
+    from casbackup.limits import SINK_MEMORY_BYTES
+    from casbackup.qemu.machine import find_agent
+    from casbackup.qemu.source import FreezePolicy, LiveOptions
+    from casbackup.units import MiB, parse_duration, parse_size
+
+    memory_bytes = parse_size(flags.memory) if flags.memory else SINK_MEMORY_BYTES
+    stall_s = parse_duration(flags.max_guest_stall) if flags.max_guest_stall else 2.0
+    if memory_bytes < 4 * MiB:
+        raise UsageError("--memory must be at least 4MiB")
+    if not 0 < stall_s <= 60:
+        raise UsageError("--max-guest-stall must be above 0 and at most 60 seconds")
+    return LiveOptions(
+        freeze=FreezePolicy(flags.freeze or "auto"),
+        agent_path=flags.agent or find_agent(qmp),
+        max_guest_stall_s=stall_s,
+        memory_bytes=memory_bytes,
+    )
+
+
+@contextlib.contextmanager
+def _signals(control: LiveControl) -> Iterator[None]:
+    """SIGUSR1 pauses, SIGUSR2 resumes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def pause(_number: int, _frame: FrameType | None) -> None:
+        control.pause()
+
+    def resume(_number: int, _frame: FrameType | None) -> None:
+        control.resume()
+
+    before = signal.signal(signal.SIGUSR1, pause), signal.signal(signal.SIGUSR2, resume)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before[0])
+        signal.signal(signal.SIGUSR2, before[1])
