@@ -31,7 +31,8 @@ _LONGEST = 4096
 def failure_of(status: int, body: bytes) -> CasbackupError:
     """The error in a problem document (RFC 9457); without one, what the status says."""
     code, detail = _document(body)
-    known = {error.code: error for error in catalogue()}
+    # A class without a code of its own only words another one.
+    known = {error.code: error for error in catalogue() if "code" in vars(error)}
     if code in known:
         return known[code](detail)
     kind = _BY_STATUS.get(status, ServerFault if status >= 500 else ServerProtocolError)
