@@ -106,6 +106,11 @@ MAX_NBD_STATUS_EXTENTS = 4096
 SINK_MEMORY_BYTES = 64 * MiB
 """Data of a live backup that is acknowledged and not yet consumed."""
 
+SERVED_CACHE_BYTES = 128 * MiB
+"""Chunks in memory while disks of snapshots are served, unless asked otherwise."""
+
+MIN_SERVED_CACHE_BYTES = 16 * MiB
+
 MAX_TAR_RANGES = 4 * 1024 * 1024
 """Ranges with data of a disk in a tar archive; a reader holds them in 16 bytes each."""
 
