@@ -9,7 +9,6 @@ their pace, and cleans up, whatever happens. The caller's thread takes the data;
 
 from __future__ import annotations
 
-import math
 import secrets
 import threading
 import time
@@ -32,7 +31,7 @@ from casbackup.qemu.features import Features
 from casbackup.qemu.freezing import frozen_guest
 from casbackup.qemu.pacing import Pace
 from casbackup.qemu.qmp import QmpClient
-from casbackup.qemu.sink_host import SinkHost
+from casbackup.qemu.sink_host import SinkHost, reconnect_delay_s
 from casbackup.qemu.sink_process import SinkSettings
 from casbackup.qemu.sink_server import SinkExport
 from casbackup.qemu.source import DiskTask, Instant, LiveOptions, Report
@@ -199,7 +198,7 @@ class _Conductor:
                     "export": str(number),
                     "server": {"type": "unix", "path": self._sink.path},
                     # Should the sink die, the guest's writes wait until its stand-in answers, at once.
-                    "reconnect-delay": max(1, math.ceil(self._options.max_guest_stall_s)),
+                    "reconnect-delay": reconnect_delay_s(self._options.max_guest_stall_s),
                 },
             )
 
@@ -301,6 +300,10 @@ class _Conductor:
     def _clean_up(self) -> None:
         token = None if self._tracking is None else self._tracking.token
         try:
+            if self._sink.is_lost:
+                for number in range(len(self._tasks)):  # a job that pauses does not connect anew
+                    self._try("job-resume", {"id": self._id(number)})
+                self._sink.wait_replaced()
             cleanup.remove_backup(self._qmp, self._name, bitmap_token=token)
         except CasbackupError as error:
             if not self._qmp.is_lost:

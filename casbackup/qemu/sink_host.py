@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import threading
@@ -22,6 +23,12 @@ _LEAST_SILENCE_S = 1.0
 _START_S = 15.0
 _END_S = 5.0
 _POLL_S = 0.2
+_STEP_S = 0.01
+
+
+def reconnect_delay_s(max_guest_stall_s: float) -> int:
+    """How long QEMU is to try to reach a sink that is gone, while writes wait."""
+    return max(1, math.ceil(max_guest_stall_s))
 
 
 class SinkHost:
@@ -37,8 +44,9 @@ class SinkHost:
         self._watcher = threading.Thread(target=self._watch, name="sink-watch", daemon=True)
         self._report: dict[str, Any] = {}
         self._started = threading.Event()
-        self._ending = False
+        self._ending = self._dropped = False
         self._lost: SinkLost | None = None
+        self._stand_in: StandIn | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -57,13 +65,21 @@ class SinkHost:
         return self._lost or (BackupBroken(reason) if reason else None)
 
     @property
+    def is_lost(self) -> bool:
+        """Whether the sink is dead, and its stand-in serves QEMU."""
+        return self._lost is not None
+
+    @property
     def waiting_bytes(self) -> int:
         """Data in the sink's memory that the backup has not taken yet."""
         return int(self._report.get("waiting_bytes", 0))
 
     def receive_into(self, consumer: Consumer) -> bool:
         """Hand all data to ``consumer``, until there is no more. False when it is not all. Errors of the consumer."""
-        return receive_all(self._link.data, consumer)
+        complete = receive_all(self._link.data, consumer)
+        if not complete and not self._dropped:  # then it has died, as the watcher will find out, too
+            self._watcher.join(self._silence_s + _POLL_S)
+        return complete
 
     def frozen(self, agent_path: str | None) -> None:
         """The guest is frozen through this agent; None: it is thawed. An orphaned sink thaws it."""
@@ -71,7 +87,19 @@ class SinkHost:
 
     def drop(self, reason: str) -> None:
         """Give the backup up: what comes is acknowledged and dropped. ``receive_into`` returns."""
+        self._dropped = True
         self._messages.send({"drop": reason})
+
+    def wait_replaced(self) -> None:
+        """If the sink is gone, wait a moment until QEMU has come to its stand-in.
+
+        A job must not be cancelled before: QEMU then fails those writes, the guest's too, that wait to be connected.
+        """
+        deadline = time.monotonic() + reconnect_delay_s(self._settings.max_guest_stall_s)
+        while self._lost is not None and time.monotonic() < deadline:
+            if self._stand_in is not None and self._stand_in.connections >= len(self._settings.exports):
+                return
+            time.sleep(_STEP_S)
 
     def finish(self) -> None:
         """QEMU has written everything: ``receive_into`` returns True when it has handed over the rest."""
@@ -138,5 +166,6 @@ class SinkHost:
         self._process.kill()
         status = self._process.wait()
         self._lost = SinkLost(f"the sink of the backup ended unexpectedly (status {status}); the guest goes on")
-        StandIn(self._settings.exports, self._lost).serve(self._listener.socket)
+        self._stand_in = StandIn(self._settings.exports, self._lost)
+        self._stand_in.serve(self._listener.socket)
         self._started.set()

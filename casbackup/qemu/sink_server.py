@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from casbackup.block.nbd.exports import Export
 from casbackup.block.nbd.server import NbdServer
-from casbackup.block.nbd.uri import MAX_SOCKET_PATH_BYTES, NbdAddress
+from casbackup.block.nbd.uri import MAX_SOCKET_PATH_BYTES
 from casbackup.block.sink import SinkDevice
 from casbackup.block.spool import Spool
 from casbackup.errors import CasbackupError, TargetUnsuitable
@@ -109,12 +109,13 @@ class StandIn:
         self._spool.fail(reason)
         self._server = SinkServer(self._spool, exports, max_guest_stall_s=0)
 
+    @property
+    def connections(self) -> int:
+        """Of QEMU, which has one for each disk."""
+        return self._server.connections
+
     def serve(self, listener: socket.socket) -> None:
         self._server.serve(listener)
-
-
-def address(listener: SharedListener) -> NbdAddress:
-    return NbdAddress(socket_path=listener.path)
 
 
 def _private_folder() -> str:

@@ -210,7 +210,7 @@ def assert_clean(qmp: QmpClient, *, bitmaps: int = 0) -> None:
     for node in qmp.execute("query-named-block-nodes"):
         assert not node.get("node-name", "").startswith("casbackup"), node
         ours = [b["name"] for b in node.get("dirty-bitmaps", ()) if b["name"].startswith("casbackup")]
-        assert len(ours) in (0, bitmaps), ours
+        assert len(ours) in {0, bitmaps}, ours
 
 
 @pytest.fixture

@@ -102,7 +102,9 @@ def test_full_and_three_increments(daemon: Daemon, backups: Backups) -> None:
             assert_clean(qmp, bitmaps=1)
         manifest = report.snapshot.manifest
         stats = manifest.stats
-        assert stats.zero_bytes + stats.reused_bytes + stats.new_bytes == sum(disk.size_bytes for disk in manifest.disks)
+        assert stats.zero_bytes + stats.reused_bytes + stats.new_bytes == sum(
+            disk.size_bytes for disk in manifest.disks
+        )
         backups.assert_equal(backups.take(qmp).snapshot, daemon)
     assert backups.messages == []
 
