@@ -70,11 +70,13 @@ _OPTIONS = (
     ),
     click.option(
         "--mode",
+        metavar="auto|push|pull",
         type=click.Choice(["auto", "push", "pull"]),
         help="With --qmp: who moves the data; default: auto.",
     ),
     click.option(
         "--freeze",
+        metavar="auto|require|never",
         type=click.Choice(["auto", "require", "never"]),
         help="With --qmp: whether the guest's agent freezes its file systems for the instant; default: auto.",
     ),
