@@ -2,6 +2,7 @@
 
 REPO/  config.json            what the repository is
        config.json.backup     the same again
+       tokens.json            who may use it over HTTP, if anybody
        migration.json         there only while a migration is not finished
        packs/xx/<id>.pack     the data
        snapshots/<namespace>/vm/<name>/<time>.snap   one manifest a snapshot, and <time>.meta beside it

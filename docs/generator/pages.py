@@ -91,10 +91,17 @@ def configuration() -> str:
     example, _, where = rest.partition("\n\nIt is ")
     keys = [
         ("`default-profile`", "The profile that is used when nothing else names a repository."),
-        ("`profiles.NAME.repository`", "The repository's path; a relative one starts at the file's folder."),
+        (
+            "`profiles.NAME.repository`",
+            "The repository's path, or its address on a server; a relative path starts at the file's folder.",
+        ),
         ("`profiles.NAME.namespace`", "The namespace; default: `default`."),
+        ("`profiles.NAME.token`", "The token for a server; the file should then be readable by nobody else."),
+        ("`profiles.NAME.token-file`", "A file with the token in its first line."),
+        ("`profiles.NAME.token-command`", "A command, split as a shell does, that prints the token."),
+        ("`profiles.NAME.cacert`", "A file of certificates (PEM) to trust besides the system's."),
     ]
-    assert len(keys) == 1 + len(config_file.Profile._fields)
+    assert len(keys) == 1 + len(config_file.PROFILE_KEYS)
     return _page(
         [
             "# Configuration",

@@ -1,1 +1,1 @@
-"""Reserved for the chunk server, which serves repositories over HTTP. This release holds no server."""
+"""The chunk server: repositories over HTTP. ``casbackup serve`` starts it; ``app.create_app`` is its application."""

@@ -26,7 +26,7 @@ from casbackup.formats.qcow2 import layout as qcow2
 from casbackup.formats.stream.writer import StreamWriter
 from casbackup.formats.vmdk import layout as vmdk
 from casbackup.ids import ZERO_ID, DiskName, Namespace, PackId, SessionId, VmName
-from casbackup.spec import archiver, indexdb, magic, manifest, node, outline, pack, record, vma
+from casbackup.spec import archiver, indexdb, magic, manifest, node, outline, pack, record, vma, wire
 from casbackup.spec.config import ChunkerConfig, RepositoryConfig, encode_config
 from casbackup.store.packfile import encode_footer, encode_header
 from casbackup.testing.archives import MemoryTarget
@@ -69,11 +69,13 @@ LAYOUTS: dict[str, list[Field]] = {
     "leaf header": fields_of(node._HEADER),
     "extent": fields_of(node._EXTENT),
     "inner header": fields_of(node._HEADER),
+    "lost record": fields_of(wire._LOST),
     "manifest header": fields_of(manifest._HEADER),
     "blob entry": fields_of(indexdb.BLOB_VALUE),
     "outline header": fields_of(outline._HEADER),
     "outline chunk": fields_of(outline._CHUNK),
     "qcow2 header": fields_of(qcow2.HEADER),
+    "snapshot frame": fields_of(wire._SNAPSHOT),
     "vma device": fields_of(vma.DEVICE),
     "vma extent": fields_of(vma.EXTENT),
     "vma header": fields_of(vma.HEADER),
@@ -293,6 +295,7 @@ def facts() -> Iterator[tuple[str, str]]:
         ("PACK_HEADER", magic.PACK_HEADER),
         ("PACK_TRAILER", magic.PACK_TRAILER),
         ("RECORD", magic.RECORD),
+        ("LOST", magic.LOST),
         ("MANIFEST", magic.MANIFEST),
     ):
         sentence = magic.SENTENCES[name]

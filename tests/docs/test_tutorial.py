@@ -92,7 +92,8 @@ def test_commands_and_options_exist(page: str) -> None:
     global_options = reference.partition("## Global options")[2]
     for line in "\n".join(shell_blocks(page)).splitlines():
         for call in re.findall(r"casbackup (?:-r \S+ )?(?:--?quiet )?([a-z][^|;)]*)", line.partition(" #")[0]):
-            name = call.split()[0]
-            assert name in sections, call
+            words = call.split()
+            name = next((n for n in (" ".join(words[:2]), words[0]) if n in sections), "")
+            assert name, call
             for option in re.findall(r"(?<=\s)--?[a-z][a-z-]*", call):
                 assert f"{option}" in sections[name] or option in global_options, (call, option)

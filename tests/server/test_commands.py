@@ -76,7 +76,9 @@ def test_addresses_that_are_none(run: Run, url: str) -> None:
     assert run("-r", url, "snapshots").status == 2
 
 
-def test_a_refusal_says_what_to_ask_for(guarded: Running, run: Run, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_says_what_to_ask_for(
+    guarded: Running, run: Run, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = run("-r", guarded.url, "snapshots", "--json")
     assert json.loads(result.err)["error"]["code"] == "token-missing"
     monkeypatch.setenv("CASBACKUP_TOKEN", grant(guarded.folder, Right.READ))
@@ -120,7 +122,9 @@ def test_token_commands(running: Running, run: Run) -> None:
     def token(*arguments: object) -> Result:
         return run("-r", running.folder, "token", *arguments)
 
-    created = json.loads(token("create", "host1", "--right", "backup", "--vm", "vm/1*", "--expires", "90d", "--json").out)
+    created = json.loads(
+        token("create", "host1", "--right", "backup", "--vm", "vm/1*", "--expires", "90d", "--json").out
+    )
     assert created["secret"].startswith("cb1_")
     listed = json.loads(token("list", "--json").out)["tokens"]
     assert listed == [created["token"]]
@@ -144,9 +148,8 @@ def test_tls(tmp_path: Path, run: Run) -> None:
 
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     made = subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        + ["-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", "/CN=localhost"]
-        + ["-addext", "subjectAltName=IP:127.0.0.1"],
+        f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost "
+        f"-addext subjectAltName=IP:127.0.0.1 -keyout {key} -out {certificate}".split(),
         capture_output=True,
     )
     if made.returncode:

@@ -301,9 +301,7 @@ def test_a_record_of_the_largest_blob_passes(running: Running, session: HttpSess
     assert session.missing([config.id]) == set()
 
 
-def test_an_error_that_nobody_expected_is_a_problem_document(
-    running: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_that_nobody_expected_is_a_problem_document(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
