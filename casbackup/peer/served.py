@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Self
 
 from casbackup.block.device import Capabilities, Closing, Extent, merged
 from casbackup.errors import CasbackupError, DataDamage, TargetUnwritable
@@ -31,47 +30,47 @@ _ZEROS = memoryview(bytes(SEGMENT_BYTES))
 Report = Callable[[str], None]
 
 
-class ServedSnapshot(Closing):
-    """A snapshot's disks, by name, with one cache. Its data stays while this is open, even if it is forgotten."""
+class ReadPool(Closing):
+    """Memory and threads that the disks of any number of snapshots share."""
 
-    def __init__(
-        self, peer: Peer, snapshot: Snapshot, *, report: Report, cache_bytes: int = SERVED_CACHE_BYTES
-    ) -> None:
-        """``report``: told, in any thread, once for each range that cannot be read.
+    def __init__(self, peer: Peer, cache_bytes: int = SERVED_CACHE_BYTES) -> None:
+        self.peer = peer
+        self.cache = ChunkCache(peer, cache_bytes)
+        self.prefetcher = Prefetcher(self.cache)
+        self.most_ahead = max(1, cache_bytes // 4 // SEGMENT_BYTES)
+        """Segments ahead of one disk's readers: two disks may be read so, and half of the cache is left."""
+
+    def close(self) -> None:
+        self.prefetcher.close()
+
+
+class ServedSnapshot(Closing):
+    """A snapshot's disks, by name. Its data stays while this is open, even if the snapshot is forgotten."""
+
+    def __init__(self, pool: ReadPool, snapshot: Snapshot, *, report: Report) -> None:
+        """``pool`` stays the caller's. ``report``: told, in any thread, once for each range that cannot be read.
 
         :raise SnapshotNotFound: when it was forgotten a moment ago.
         """
         self.snapshot = snapshot
+        self.disks = {disk.name: ServedDisk(disk, pool, report=report) for disk in snapshot.manifest.disks}
         with contextlib.ExitStack() as stack:
-            stack.enter_context(peer.reading(snapshot))
-            self.cache = ChunkCache(peer, cache_bytes)
-            prefetcher = stack.enter_context(Prefetcher(self.cache))
-            most_ahead = max(1, cache_bytes // 2 // SEGMENT_BYTES)
-            self.disks = {
-                disk.name: ServedDisk(disk, self.cache, prefetcher, report=report, most_ahead=most_ahead)
-                for disk in snapshot.manifest.disks
-            }
+            stack.enter_context(pool.peer.reading(snapshot))
             self._stack = stack.pop_all()
 
     def close(self) -> None:
         self._stack.close()
 
-    def __enter__(self) -> Self:
-        return self
-
 
 class ServedDisk(Closing):
     """Implements ``BlockDevice`` for reading. What is read is verified; what is lost is an error, never other bytes."""
 
-    def __init__(
-        self, disk: DiskRecord, cache: ChunkCache, prefetcher: Prefetcher, *, report: Report, most_ahead: int
-    ) -> None:
+    def __init__(self, disk: DiskRecord, pool: ReadPool, *, report: Report) -> None:
         self._name = disk.name
-        self._cache = cache
-        self._prefetcher = prefetcher
+        self._pool = pool
         self._report = report
-        self._map = SegmentMap(disk, cache.get)
-        self._streams = Streams(self._map.next_data, most_ahead)
+        self._map = SegmentMap(disk, pool.cache.get)
+        self._streams = Streams(self._map.next_data, pool.most_ahead)
         self._complaints: set[tuple[int, int]] = set()
         self.size_bytes = disk.size_bytes
         self.capabilities = Capabilities(knows_zeros=True, multi_conn=True, preferred_block_bytes=BLOCK_BYTES)
@@ -79,7 +78,7 @@ class ServedDisk(Closing):
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """:raise DataDamage: when something in the range is lost. Errors of the peer come as they are."""
         for number in self._streams.note(offset, len(buffer)):
-            self._prefetcher.want(self._map, number)
+            self._pool.prefetcher.want(self._map, number)
         try:
             self._read(offset, buffer)
         except CasbackupError as error:
@@ -108,7 +107,7 @@ class ServedDisk(Closing):
 
     def _read(self, offset: int, buffer: memoryview) -> None:
         pieces = list(self._map.extents(offset, offset + len(buffer)))
-        chunks = self._cache.get([extent.id for _, extent in pieces if not extent.is_zero])
+        chunks = self._pool.cache.get([extent.id for _, extent in pieces if not extent.is_zero])
         for position, extent in pieces:
             target = buffer[position - offset : position - offset + extent.length]
             if extent.is_zero:

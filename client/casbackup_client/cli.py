@@ -31,6 +31,11 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "restore": Entry("restore:restore", "Restore a snapshot's disks to files or devices."),
         "dump": Entry("dump:dump", "Write a disk, a part of one, or a config to stdout."),
     },
+    "Use in place": {
+        "nbd-serve": Entry("nbd_serve:nbd_serve", "Serve a snapshot's disks over NBD."),
+        "mount": Entry("mount:mount", "Mount snapshots as a folder of files."),
+        "nbd-proxy": Entry("nbd_proxy:nbd_proxy", "Serve a disk to a VM, with backups while it runs."),
+    },
     "Inspect": {
         "snapshots": Entry("snapshots:snapshots", "List snapshots."),
         "show": Entry("snapshots:show", "Show all about a snapshot."),

@@ -675,6 +675,38 @@ class NewTokenDocument(TypedDict):
     """What a client shows; it cannot be had again."""
 
 
+class NbdExportDocument(TypedDict):
+    """A disk that can be used over NBD."""
+
+    disk: str
+    """It is the name of the export, too."""
+    size_bytes: int
+    writable: bool
+    uri: str
+    qemu: str
+    """The option of QEMU that opens it as a block node."""
+
+
+class NbdServeDocument(TypedDict):
+    """Printed by ``nbd-serve`` once clients can connect. With ``--save-as``, the snapshot follows at the end."""
+
+    snapshot: str
+    id: str
+    exports: list[NbdExportDocument]
+
+
+class NbdProxyExportDocument(NbdExportDocument):
+    """A disk for a VM, and where a backup reads it."""
+
+    snapshot_uri: str
+
+
+class NbdProxyDocument(TypedDict):
+    """Printed by ``nbd-proxy`` once clients can connect."""
+
+    exports: list[NbdProxyExportDocument]
+
+
 class JobDocument(TypedDict):
     """A backup of a running VM. Bytes of all its disks together."""
 
