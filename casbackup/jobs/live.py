@@ -19,6 +19,7 @@ from casbackup.jobs.assembler import Assembler
 from casbackup.jobs.backup import check_annotations, check_configs, parked_on_error
 from casbackup.jobs.increment_sink import IncrementSink
 from casbackup.jobs.segment_store import SegmentStore
+from casbackup.jobs.spot_check import SpotCheck
 from casbackup.limits import SEGMENT_BYTES
 from casbackup.peer.api import Peer, PeerSession
 from casbackup.peer.disk import BlobCache
@@ -29,6 +30,7 @@ from casbackup.qemu.control import LiveControl
 from casbackup.qemu.disks import LiveDisk
 from casbackup.qemu.machine import Machine
 from casbackup.qemu.push import Tracking
+from casbackup.qemu.reading import readable
 from casbackup.qemu.source import DiskTask, Instant, LiveSource, Report
 from casbackup.repository.catalog import Snapshot
 from casbackup.spec.manifest import DiskRecord, LiveOrigin, Manifest
@@ -42,6 +44,8 @@ class LiveRequest:
     """What to make of a running VM. ``configs``: besides those of QEMU's own.
 
     ``full``: read everything, whatever the bitmaps say. ``track``: leave bitmaps in QEMU for the next backup.
+    ``verify_share``: of each disk, 0 to 1, is compared with the snapshot before, as far as its bitmap says that it is
+    unchanged; if it is not, everything is read.
     """
 
     namespace: Namespace
@@ -55,6 +59,7 @@ class LiveRequest:
     resume: SessionId | None = None
     full: bool = False
     track: bool = True
+    verify_share: float = 0.0
 
 
 class DiskReport(NamedTuple):
@@ -107,6 +112,10 @@ def live_backup(
         return job.run(stack)
 
 
+class _BitmapLied(Exception):
+    """A dirty bitmap calls something unchanged that is not."""
+
+
 class _LiveBackup:
     def __init__(
         self,
@@ -134,10 +143,13 @@ class _LiveBackup:
     def run(self, stack: contextlib.ExitStack) -> LiveReport:
         started_s = self._clock.monotonic_s()
         plans = self._plans(stack)
-        token = bitmaps.new_token() if self._request.track else ""
-        source = self._machine.source(self._control, self._report, Tracking(self._target, token) if token else None)
-        time_ms = self._clock.now_ms() if self._request.time_ms is None else self._request.time_ms
-        instant, disks = self._read(source, plans)
+        try:
+            token, time_ms, instant, disks = self._attempt(plans)
+        except _BitmapLied as lie:
+            self._report(f"{lie}: everything is read")
+            plans = [_Plan(plan.disk, BasedOn(None, str(lie), lost=True), None) for plan in plans]
+            self._store = SegmentStore(self._session, self._peer.config, self._progress)
+            token, time_ms, instant, disks = self._attempt(plans)
         try:
             snapshot = self._commit(plans, disks, instant, token, time_ms, started_s)
         except BaseException:
@@ -146,6 +158,14 @@ class _LiveBackup:
         self._remove_stale_bitmaps(plans, token)
         reports = [DiskReport(p.disk.name, p.based_on.is_increment, p.based_on.reason, p.based_on.lost) for p in plans]
         return LiveReport(snapshot, reports, instant)
+
+    def _attempt(self, plans: Sequence[_Plan]) -> tuple[str, int, Instant, tuple[DiskRecord, ...]]:
+        """Read all disks: the token of new bitmaps, the time, and what came of it."""
+        token = bitmaps.new_token() if self._request.track else ""
+        source = self._machine.source(self._control, self._report, Tracking(self._target, token) if token else None)
+        check = self._spot_check(plans)
+        time_ms = self._clock.now_ms() if self._request.time_ms is None else self._request.time_ms
+        return token, time_ms, *self._read(source, plans, check)
 
     # --- what each disk is based on
 
@@ -175,7 +195,21 @@ class _LiveBackup:
 
     # --- reading
 
-    def _read(self, source: LiveSource, plans: Sequence[_Plan]) -> tuple[Instant, tuple[DiskRecord, ...]]:
+    def _spot_check(self, plans: Sequence[_Plan]) -> SpotCheck | None:
+        based = [number for number, plan in enumerate(plans) if plan.base is not None]
+        if not self._request.verify_share or not based:
+            return None
+        check = SpotCheck(self._request.verify_share, self._cache)
+        with readable(self._machine.qmp, [plans[number].disk for number in based]) as devices:
+            for number, device in zip(based, devices, strict=True):
+                base = self._tree(plans[number].base)
+                assert base is not None
+                self._store.count_read(check.sample(number, base, device))
+        return check
+
+    def _read(
+        self, source: LiveSource, plans: Sequence[_Plan], check: SpotCheck | None
+    ) -> tuple[Instant, tuple[DiskRecord, ...]]:
         leaves = [self._leaves(plan) for plan in plans]
         bases = [self._tree(plan.base) for plan in plans]
         sizes = [plan.disk.size_bytes for plan in plans]
@@ -186,6 +220,7 @@ class _LiveBackup:
             instant = source.run([DiskTask(p.disk, self._bitmap(p)) for p in plans], feed)
             try:
                 feed.require_complete()
+                feed.require_truth(check)
                 assembler.finish(partial=True)
             except BaseException:
                 self._remove_bitmaps(source.token)
@@ -289,6 +324,16 @@ class _Feed:
             if plan.base is None and not coverage.is_complete:
                 gap = next(coverage.missing())
                 raise BackupBroken(f"{plan.disk.name}: {gap.length} bytes from {gap.offset} never came")
+
+    def require_truth(self, check: SpotCheck | None) -> None:
+        """:raise _BitmapLied: when something had changed that did not come."""
+        if check is None:
+            return
+        for number, plan in enumerate(self._plans):
+            found = check.contradiction(number, self._coverage[number])
+            if found is not None:
+                place = f"{plan.disk.name}: {found[1]} bytes at {found[0]}"
+                raise _BitmapLied(f"{place} have changed, and the dirty bitmap does not say so")
 
     def _cover(self, number: int, offset: int, length: int) -> None:
         """:raise BackupBroken: when something comes a second time: which of them is right?"""

@@ -47,7 +47,7 @@ class SharedListener:
 
         :raise TargetUnsuitable: when there is no place for a socket, or QEMU cannot be let in.
         """
-        self._folder = _private_folder()
+        self._folder = private_folder()
         self.path = os.path.join(self._folder, _SOCKET)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -118,7 +118,7 @@ class StandIn:
         self._server.serve(listener)
 
 
-def _private_folder() -> str:
+def private_folder() -> str:
     """A new folder of mode 0700, near enough to the root for the path of a socket in it."""
     for parent in (tempfile.gettempdir(), "/tmp"):
         with contextlib.suppress(OSError):

@@ -115,11 +115,12 @@ def live_backup(app: App, flags: LiveFlags, **request: Any) -> LiveReport:
     from casbackup.qemu.machine import Machine
     from casbackup.qemu.qmp import QmpClient
     from casbackup.qemu.source import Mode
-    from casbackup.units import parse_size
+    from casbackup.units import parse_percentage, parse_size
     from casbackup_client.control import ControlServer
 
     assert flags.qmp is not None
-    wanted = job.LiveRequest(**request, full=flags.full, track=not flags.no_bitmap)
+    share = parse_percentage(flags.verify_unchanged) / 100 if flags.verify_unchanged else 0.0
+    wanted = job.LiveRequest(**request, full=flags.full, track=not flags.no_bitmap, verify_share=share)
     control = LiveControl(speed_limit_bytes_s=parse_size(flags.speed) if flags.speed else 0)
     with app.peer() as peer, QmpClient.connect(flags.qmp) as qmp:
         machine = Machine(qmp, Selection(flags.only, flags.exclude), _options(flags, qmp), Mode(flags.mode or "auto"))

@@ -245,3 +245,33 @@ def test_bitmaps_of_qcow2_outlive_a_clean_end_only(qcow2: Daemon, backups: Backu
                 actual = bytearray(32 * MiB)
                 guest.read_into(0, memoryview(actual))
             assert content == actual
+
+
+def test_samples_of_what_is_unchanged_agree(guest: BootGuest, backups: Backups) -> None:
+    """Also while the guest writes: what it changes comes with the increment."""
+    with guest.qmp() as qmp:
+        backups.take(qmp)
+        for _ in range(2):
+            guest.wait_written(guest.written() + 100)
+            report = backups.take(qmp, verify_share=0.5)
+            assert all(disk.increment for disk in report.disks), report.disks
+            assert_prefix(*backups.contents(report.snapshot))
+        assert qmp.execute("query-block-exports") == []
+    assert backups.messages == []
+
+
+def test_a_bitmap_that_lies_is_found_out_and_distrusted(guest: BootGuest, backups: Backups) -> None:
+    with guest.qmp() as qmp:
+        qmp.execute("stop")
+        backups.take(qmp)
+        with (guest.folder / "a.raw").open("r+b") as file:  # behind QEMU's back
+            file.seek(50 * MiB + 4096)
+            file.write(b"changed")
+        assert all(disk.increment for disk in backups.take(qmp).disks), "nobody looked"
+        report = backups.take(qmp, verify_share=1.0)
+        assert not any(disk.increment for disk in report.disks)
+        assert "have changed, and the dirty bitmap does not say so" in report.disks[0].reason
+        content = backups.contents(report.snapshot)[0]
+        assert content == (guest.folder / "a.raw").read_bytes()
+        assert_clean(qmp, bitmaps=1)
+    assert len(backups.messages) == 1
