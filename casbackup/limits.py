@@ -67,11 +67,41 @@ UPLOADS_IN_FLIGHT = 8
 MAX_UPLOADING_BYTES = 64 * MiB
 """Records that a server has in memory while they arrive, of all clients; others wait."""
 
+MAX_LIVE_SESSIONS = 256
+"""Sessions of one repository that clients are attached to at once."""
+
+MAX_READINGS = 1024
+"""Readings of one repository at once."""
+
 MAX_FORGET = 10_000
 """Snapshots that one request forgets or accounts for."""
 
 MAX_TOKENS = 10_000
 """Tokens of one repository."""
+
+MAX_HTTP_RANGES = 64
+"""Ranges in one request for a disk."""
+
+MAX_REST_READERS = 64
+"""Downloads from one repository at a time over REST; further ones are told to come later."""
+
+MAX_REST_EXPORTS = 4
+"""Exports of one server at a time over REST; each has up to 96 MiB of buffers."""
+
+REST_CACHE_BYTES = 64 * MiB
+"""Chunks in memory while disks are read over REST, of all repositories of a server."""
+
+MAX_LISTED_SNAPSHOTS = 10_000
+"""Snapshots in one answer that lists them over REST."""
+
+MAX_SERVER_JOBS_KEPT = 500
+"""Jobs of a repository that its server remembers."""
+
+MAX_SERVER_JOBS_WAITING = 16
+"""Jobs of a repository that wait for another one to end."""
+
+MAX_SERVER_JOB_LOG_LINES = 1000
+"""Lines of the log of a job that are kept: the first ones."""
 
 ASSEMBLER_BYTES = 128 * MiB
 """What an import keeps in memory of segments that are not complete yet."""

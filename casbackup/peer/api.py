@@ -47,7 +47,8 @@ class PeerSession(Protocol):
         """Like ``send``, but need not wait for it. ``then`` gets what was stored, from any thread, before the next
         ``settle``, ``flush`` or ``commit`` returns. The records' memory must not change any more.
 
-        An error is raised here, or by any later call; at the latest by ``flush`` or ``commit``.
+        An error is raised here, or by any later call; at the latest by ``flush`` or ``commit``. After one, only
+        ``abort`` and ``park`` make sense.
         """
 
     def settle(self) -> None:

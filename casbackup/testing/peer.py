@@ -27,6 +27,7 @@ from casbackup.errors import (
     SnapshotAmbiguous,
     SnapshotConflict,
     SnapshotNotFound,
+    SnapshotPinned,
 )
 from casbackup.ids import DEFAULT_NAMESPACE, ZERO_ID, BlobId, DiskName, Namespace, SessionId, SnapshotId, VmName
 from casbackup.limits import SEGMENT_BYTES
@@ -35,6 +36,7 @@ from casbackup.repository.catalog import Snapshot
 from casbackup.spec.manifest import ConfigRecord, DiskRecord, Manifest, Sidecar, encode_manifest
 from casbackup.spec.node import Extent, encode_inner, encode_leaf, zero_extent
 from casbackup.spec.record import BlobKind, Record
+from casbackup.store.writer import StoredBytes
 
 Opened = Callable[[], AbstractContextManager[Peer]]
 
@@ -132,6 +134,50 @@ class PeerConformance:
             session.flush()
             assert sum(counts) == 200
             assert {blob for blob, record in _fetched(peer, records)} == {r.id for r in records}
+            session.abort()
+
+    def check_sending_without_waiting(self) -> None:
+        """Counts are exact once settled, children come before nodes, and what is under way is not missing."""
+        with self._opened() as peer:
+            session = _session(peer)
+            records = [chunk(random.Random(n).randbytes(9000)) for n in range(300)]
+            counts: list[StoredBytes] = []
+            for start in range(0, 300, 10):
+                part = records[start : start + 10]
+                session.send_soon(part, counts.append)
+                session.send_soon([leaf([Extent(9000, 0, r.id) for r in part])], counts.append)
+                assert session.missing([r.id for r in part]) == set()
+            session.send_soon(records[:10], counts.append)
+            session.send_soon([], counts.append)
+            session.settle()
+            assert len(counts) == 62
+            assert sum(c.blobs for c in counts) == 330
+            assert sum(c.plain_bytes for c in counts if c.blobs == 10) == 300 * 9000
+            session.flush()
+            assert len(_fetched(peer, records)) == 300
+            session.abort()
+
+    def check_a_bad_node_sent_without_waiting_is_told_at_last(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            bad = leaf([Extent(4096, 0, chunk(b"never sent").id)])
+
+            def send() -> None:
+                session.send_soon([bad], lambda _: None)
+                session.flush()
+
+            assert _raises(ClosureViolation, send)
+            session.abort()
+
+    def check_a_leaf_is_asked_for_with_its_chunks(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            a, b = chunk(b"a" * 4096), chunk(b"b" * 4096)
+            node = leaf([Extent(4096, 0, a.id), Extent(4096, 0, b.id)])
+            session.send([a])
+            assert session.missing_leaf(node.id, [a.id, b.id]) == {node.id, b.id}
+            session.send([b, node])
+            assert session.missing_leaf(node.id, [a.id, b.id]) == set()
             session.abort()
 
     # --- closure
@@ -389,6 +435,33 @@ class PeerConformance:
             session.abort()
 
     # --- sessions
+
+    def check_pins_labels_and_notes(self) -> None:
+        with self._opened() as peer:
+            snapshot = committed(peer, b"x" * 4096)
+            changed = peer.annotate(snapshot, pinned=True, labels=["a", "b"], notes="Grüße")
+            assert (changed.pinned, changed.labels, changed.notes) == (True, ("a", "b"), "Grüße")
+            assert peer.snapshots() == [changed]
+            assert peer.survey(vm=VM) == ([changed], [])
+            assert _raises(SnapshotPinned, lambda: peer.remove([snapshot]))
+            assert peer.annotate(changed, pinned=False).labels == ("a", "b")
+
+    def check_removing(self) -> None:
+        with self._opened() as peer:
+            first, second = committed(peer, b"1"), committed(peer, b"2", time_ms=TIME_MS + 1000)
+            peer.remove([first])
+            peer.remove([first])
+            peer.remove([])
+            assert peer.snapshots() == [second]
+
+    def check_what_snapshots_cost(self) -> None:
+        with self._opened() as peer:
+            one, two = committed(peer, b"1" * 5000), committed(peer, b"2" * 5000, vm=OTHER_VM)
+            report = peer.usage([[one], [one, two], []])
+            assert [group.logical_bytes for group in report.groups] == [5000, 10_000, 0]
+            assert report.groups[0].unique_bytes == report.groups[0].stored_bytes > 0
+            assert report.total.stored_bytes == report.groups[1].stored_bytes
+            assert report.packs_bytes > 0 < report.index_bytes
 
     def check_ended_sessions_have_ended(self) -> None:
         with self._opened() as peer:

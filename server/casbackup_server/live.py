@@ -14,8 +14,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from casbackup.errors import CasbackupError, SessionBusy, SessionDetached, SessionNotFound
+from casbackup.errors import CasbackupError, ServerBusy, SessionBusy, SessionDetached, SessionNotFound
 from casbackup.ids import BlobId, Namespace, SessionId, VmName
+from casbackup.limits import MAX_LIVE_SESSIONS, MAX_READINGS
 from casbackup.repository.catalog import Snapshot
 from casbackup.repository.repository import Repository
 from casbackup.repository.sessions import Session, reading
@@ -121,6 +122,7 @@ class LiveSessions:
                 for live in self._sessions.values():
                     if live.attachment == attachment:
                         return live.session.id
+            self._require_room(len(self._sessions), MAX_LIVE_SESSIONS, "sessions")
             self._repository.require_writable()
             return self._add(self._repository.sessions.open(namespace, vm), namespace, vm, attachment)
 
@@ -140,6 +142,7 @@ class LiveSessions:
                     _require_same(live, attachment)
                     live.heard_s = self._now_s()
                     return session_id
+            self._require_room(len(self._sessions), MAX_LIVE_SESSIONS, "sessions")
             return self._add(self._repository.sessions.resume(session_id), namespace, vm, attachment)
 
     @contextlib.contextmanager
@@ -217,6 +220,11 @@ class LiveSessions:
             raise SessionNotFound(f"there is no session {session_id}")
         return row.namespace, row.vm
 
+    def _require_room(self, present: int, most: int, what: str) -> None:
+        """Each costs an open file."""
+        if present >= most:
+            raise ServerBusy(f"there are {present} {what} already")
+
     def _add(self, session: Session, namespace: Namespace, vm: VmName, attachment: str) -> SessionId:
         live = LiveSession(session, attachment, namespace, vm, self._now_s(), self._repository.clock.now_ms())
         with self._lock:
@@ -238,6 +246,7 @@ class LiveSessions:
 
         :raise SnapshotNotFound: when it was forgotten a moment ago.
         """
+        self._require_room(len(self._readings), MAX_READINGS, "readings")
         with contextlib.ExitStack() as stack:
             stack.enter_context(reading(self._repository, snapshot))
             with self._lock:
