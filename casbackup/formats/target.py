@@ -50,6 +50,17 @@ def archive_target(path: str, *, compression: str = "none", force: bool = False)
 
 
 @contextlib.contextmanager
+def descriptor_target(descriptor: int, name: str, *, compression: str = "none") -> Iterator[ByteTarget]:
+    """An open pipe as a place to write an archive to. It stays the caller's, and open."""
+    plain = DescriptorTarget(descriptor, name)
+    try:
+        with _compressing(plain, compression) as target:
+            yield target
+    finally:
+        plain.close()
+
+
+@contextlib.contextmanager
 def _plain_target(path: str, *, force: bool) -> Iterator[DescriptorTarget]:
     if path == STDOUT:
         yield DescriptorTarget(1, "<stdout>")
@@ -122,6 +133,10 @@ class DescriptorTarget:
     def sync(self) -> None:
         with written(self._name):
             self._file.sync()
+
+    def close(self) -> None:
+        """Close the descriptor that this has of its own."""
+        self._file.close()
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from casbackup.formats import proxmox
 from casbackup.formats.port import (
     ArchiveConfig,
     ArchiveDisk,
+    ArchiveFormat,
     ArchiveHead,
     ArchiveOutput,
     ArchiveWriter,
@@ -25,6 +26,7 @@ from casbackup.formats.port import (
     ByteTarget,
     WriterCapabilities,
 )
+from casbackup.formats.target import COMPRESSIONS
 from casbackup.fs import Buffer
 from casbackup.ids import BlobId
 from casbackup.jobs.restore import find_disk, read_config
@@ -91,6 +93,15 @@ def plan_export(peer: Peer, snapshot: Snapshot, format_name: str, disks: Sequenc
     if format_name == proxmox.FORMAT_NAME:
         head = proxmox.archive_head(head, manifest.vm)
     return ExportPlan(snapshot, head, chosen)
+
+
+def archive_name(plan: ExportPlan, archive_format: ArchiveFormat, compression: str) -> str:
+    """The name of a file that tells what is in it, for VMA the one that Proxmox VE wants."""
+    manifest = plan.snapshot.manifest
+    time_s = plan.head.time_s if plan.head.time_s is not None else manifest.time_ms // 1000
+    suffix = archive_format.suffixes[0] + COMPRESSIONS.get(compression, "")
+    name = proxmox.file_name(manifest.vm, time_s, suffix)
+    return name if archive_format.name == proxmox.FORMAT_NAME else name.removeprefix("vzdump-qemu-")
 
 
 def _chosen_disks(snapshot: Snapshot, names: Sequence[str]) -> tuple[DiskRecord, ...]:

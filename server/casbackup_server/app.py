@@ -13,7 +13,7 @@ from fastapi import APIRouter, FastAPI
 from casbackup import __version__
 from casbackup_server import problems
 from casbackup_server.guard import Guard
-from casbackup_server.routes import manifests, reading, repositories, sessions
+from casbackup_server.routes import browsing, disks, exports, manifests, reading, repositories, sessions
 from casbackup_server.served import Server
 
 _LOOK_S = 5.0
@@ -57,7 +57,7 @@ def create_app(server: Server) -> FastAPI:
 
 def _v1() -> APIRouter:
     router = APIRouter(prefix="/v1/repositories/{repository}")
-    for module in (repositories, manifests, sessions, reading):
+    for module in (repositories, manifests, sessions, reading, browsing, disks, exports):
         router.include_router(module.router)
     return router
 
@@ -69,5 +69,6 @@ async def _look_after(server: Server) -> None:
         for served in server.repositories.values():
             for session in await server.threads.run(served.live.park_silent):
                 _log.warning("session parked: nothing was heard of its client", session=session, repository=served.name)
+            await server.threads.run(served.reading.close_idle)
         if look % _LOOKS_A_NOTE == 0:
             await server.threads.run(server.gate.note_used)

@@ -13,11 +13,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from casbackup.errors import RequestRefused, ServerFault
 from casbackup.limits import MAX_REQUEST_BYTES, MAX_UPLOAD_BYTES
 from casbackup_server.problems import Refusal, problem
+from casbackup_server.streaming import CutOff
 
 BODY_PAUSE_S = 30.0
 """The longest pause within the body of a request."""
 
-MIN_BYTES_PER_S = 1024
+MIN_BYTES_PER_S = 4096
 """A body that comes more slowly than this, after the first pause's length, is refused."""
 
 _UPLOADS = "/records"
@@ -51,6 +52,7 @@ class _Request:
         self._received = self._sent = 0
         self._status = 0
         self._body_ended = False
+        self._body_began_s = 0.0
         self._patience = asyncio.timeout(None)
 
     async def run(self) -> None:
@@ -62,6 +64,9 @@ class _Request:
             await self._refuse(Refusal(408, RequestRefused(f"nothing came for {BODY_PAUSE_S:.0f} s")))
         except ClientDisconnect:
             self._status = self._status or _NOBODY_LISTENS
+        except CutOff as cut:
+            _log.warning("answer cut off", reason=str(cut), **self._about())
+            raise
         except Exception:  # noqa: BLE001  the edge of the process
             _log.exception("request failed", **self._about())
             await self._refuse(ServerFault("the server met an error that it did not expect; its log has more"))
@@ -78,6 +83,7 @@ class _Request:
     async def _guarded_receive(self) -> Message:
         if self._body_ended:
             return await self._receive()
+        self._body_began_s = self._body_began_s or time.monotonic()
         self._patience.reschedule(asyncio.get_running_loop().time() + BODY_PAUSE_S)
         message = await self._receive()
         self._patience.reschedule(None)
@@ -90,7 +96,7 @@ class _Request:
     def _check_pace(self) -> None:
         if self._received > self._limit:
             raise RequestRefused(f"a request of more than {self._limit} bytes")
-        late_s = time.monotonic() - self._began_s - BODY_PAUSE_S
+        late_s = time.monotonic() - self._body_began_s - BODY_PAUSE_S
         if not self._body_ended and late_s > 0 and self._received < late_s * MIN_BYTES_PER_S:
             raise Refusal(408, RequestRefused(f"less than {MIN_BYTES_PER_S} bytes a second"))
 

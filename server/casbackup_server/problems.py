@@ -31,6 +31,7 @@ _STATUS: dict[type[e.CasbackupError], int] = {
     e.SnapshotAmbiguous: 409,
     e.SnapshotPinned: 409,
     e.SnapshotConflict: 409,
+    e.ArchiveError: 400,
     e.ServerBusy: 503,
     e.ServerProtocolError: 400,
     e.RequestRefused: 413,
@@ -127,5 +128,5 @@ def _first(error: RequestValidationError) -> str:
 
 def _headers(status: int) -> dict[str, str]:
     if status == 401:
-        return {"WWW-Authenticate": 'Bearer realm="casbackup"'}
+        return {"WWW-Authenticate": 'Basic realm="casbackup", Bearer realm="casbackup"'}
     return {"Retry-After": "1"} if status in (429, 503) else {}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from casbackup.limits import MAX_REST_EXPORTS, REST_CACHE_BYTES
 from casbackup.peer.local import LocalPeer
 from casbackup.repository.repository import Repository
 from casbackup_server.audit import Audit
 from casbackup_server.budget import ByteBudget
 from casbackup_server.gate import Gate
 from casbackup_server.live import LiveSessions
+from casbackup_server.opensnapshots import OpenSnapshots
 from casbackup_server.threads import Threads
 
 
@@ -23,6 +26,7 @@ class Served:
     repository: Repository
     peer: LocalPeer
     live: LiveSessions
+    reading: OpenSnapshots
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,7 @@ class Server:
     audit: Audit
     threads: Threads
     uploading: ByteBudget
+    exports: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(MAX_REST_EXPORTS))
 
 
 @contextlib.contextmanager
@@ -48,5 +53,8 @@ def opened(paths: Mapping[str, str]) -> Iterator[dict[str, Served]]:
             repository = stack.enter_context(Repository.open(path))
             live = LiveSessions(repository)
             stack.callback(live.close)
-            found[name] = Served(name, repository, LocalPeer(repository), live)
+            peer = LocalPeer(repository)
+            reading = OpenSnapshots(peer, REST_CACHE_BYTES // len(paths))
+            stack.callback(reading.close)
+            found[name] = Served(name, repository, peer, live, reading)
         yield found

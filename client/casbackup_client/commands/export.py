@@ -138,18 +138,11 @@ def _archiver(command_line: str) -> contextlib.AbstractContextManager[ByteTarget
 
 def _path(target: str, archive_format: ArchiveFormat, compression: str, plan: ExportPlan) -> str:
     """Where to: in a folder, a file by a name that tells what it is."""
-    from casbackup.formats import proxmox
-    from casbackup.formats.target import COMPRESSIONS
+    from casbackup.jobs.export import archive_name
 
     if not os.path.isdir(target):
         return target
-    manifest = plan.snapshot.manifest
-    time_s = plan.head.time_s if plan.head.time_s is not None else manifest.time_ms // 1000
-    suffix = archive_format.suffixes[0] + COMPRESSIONS.get(compression, "")
-    name = proxmox.file_name(manifest.vm, time_s, suffix)
-    if archive_format.name != proxmox.FORMAT_NAME:
-        name = name.removeprefix("vzdump-qemu-")
-    return os.path.join(target, name)
+    return os.path.join(target, archive_name(plan, archive_format, compression))
 
 
 def _document(plan: ExportPlan, report: ExportReport, duration_ms: int) -> ExportDocument:
