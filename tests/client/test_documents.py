@@ -61,6 +61,7 @@ def test_every_command_prints_its_document(bare: Casbackup) -> None:
         (documents.MigrateDocument, ["migrate"]),
         (documents.MigrateDocument, ["migrate", "-n"]),
         (documents.SessionsDocument, ["sessions"]),
+        (documents.JobsDocument, ["job", "list"]),
         (documents.VersionDocument, ["version"]),
         (documents.CompletionDocument, ["completion", "bash"]),
     ]

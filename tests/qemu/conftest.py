@@ -17,6 +17,7 @@ import pytest
 
 from casbackup.block.nbd.client import NbdClient
 from casbackup.block.nbd.uri import NbdAddress
+from casbackup.errors import QmpUnreachable
 from casbackup.qemu.qmp import QmpClient
 
 MiB = 1024 * 1024
@@ -58,6 +59,10 @@ class Process:
             assert self.process.poll() is None, (folder / "log").read_text()
             assert time.monotonic() < deadline, "QEMU does not start"
             time.sleep(0.005)
+        while True:  # the name is there a moment before somebody listens
+            with contextlib.suppress(QmpUnreachable), self.qmp():
+                return
+            assert time.monotonic() < deadline, "QEMU does not answer"
 
     def qmp(self) -> QmpClient:
         return QmpClient.connect(self.qmp_path)

@@ -77,6 +77,8 @@ def test_backup_and_restore(daemon: Daemon, casbackup: Command, tmp_path: Path) 
     assert {"100.conf", "qemu-command-line"} <= {item["name"] for item in snapshot["configs"]}
     assert snapshot["live"]["mode"] == "push"
     assert not snapshot["live"]["frozen"]
+    shown = casbackup.start("show", "vm/100").communicate()[0].decode()
+    assert "while the VM ran, QEMU" in shown
     casbackup.json("restore", "vm/100", "--to", tmp_path / "out")
     for name, path in daemon.disks.items():
         assert (tmp_path / "out" / f"{name}.raw").read_bytes() == path.read_bytes()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from casbackup.errors import CasbackupError
+from casbackup.errors import CasbackupError, RepositoryFull
 from casbackup.ids import DEFAULT_NAMESPACE, VmName
 from casbackup.jobs.live import LiveReport, LiveRequest, live_backup
 from casbackup.peer.disk import SnapshotDisk
@@ -23,7 +24,7 @@ from casbackup.qemu.source import FreezePolicy, LiveOptions, Mode
 from casbackup.repository.catalog import Snapshot
 from casbackup.repository.repository import Repository
 
-from .conftest import BootGuest, Daemon, assert_clean, assert_prefix
+from .conftest import BootGuest, Daemon, assert_clean, assert_prefix, need
 
 pytestmark = pytest.mark.qemu
 VM = VmName("vm/100")
@@ -122,7 +123,7 @@ def test_a_guest_that_writes_all_the_time(guest: BootGuest, backups: Backups) ->
     with guest.qmp() as qmp:
         counts = []
         for _ in range(3):
-            guest.wait_written(guest.written() + 200)
+            guest.wait_written(guest.written() + 64)
             report = backups.take(qmp)
             counts.append(assert_prefix(*backups.contents(report.snapshot)))
         assert report.disks[0].increment
@@ -213,10 +214,6 @@ def test_a_failed_commit_leaves_the_old_bitmap_right(
 
 @pytest.fixture
 def qcow2(place: Path) -> Iterator[Daemon]:
-    import subprocess
-
-    from .conftest import need
-
     disks = {}
     for name in ("a", "b"):
         raw, path = place / f"{name}.raw", place / f"{name}.qcow2"
@@ -252,7 +249,7 @@ def test_samples_of_what_is_unchanged_agree(guest: BootGuest, backups: Backups) 
     with guest.qmp() as qmp:
         backups.take(qmp)
         for _ in range(2):
-            guest.wait_written(guest.written() + 100)
+            guest.wait_written(guest.written() + 64)
             report = backups.take(qmp, verify_share=0.5)
             assert all(disk.increment for disk in report.disks), report.disks
             assert_prefix(*backups.contents(report.snapshot))
@@ -275,3 +272,28 @@ def test_a_bitmap_that_lies_is_found_out_and_distrusted(guest: BootGuest, backup
         assert content == (guest.folder / "a.raw").read_bytes()
         assert_clean(qmp, bitmaps=1)
     assert len(backups.messages) == 1
+
+
+@pytest.mark.root
+def test_a_repository_whose_disk_is_full(daemon: Daemon, place: Path) -> None:
+    """On a real file system; afterwards there is room, and the bitmap of before is still right."""
+    folder = place / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "small", folder]).returncode:
+        pytest.skip("no tmpfs can be mounted")
+    try:
+        with Repository.create(str(folder / "repository")) as repository, daemon.qmp() as qmp:
+            backups = Backups(repository)
+            backups.take(qmp)
+            for name in daemon.disks:
+                with daemon.guest(name) as guest:
+                    guest.write(8 * MiB, os.urandom(20 * MiB))
+            with pytest.raises(RepositoryFull):
+                backups.take(qmp)
+            assert_clean(qmp, bitmaps=1)
+            subprocess.run(["mount", "-o", "remount,size=200m", folder], check=True)
+            report = backups.take(qmp)
+            assert all(disk.increment for disk in report.disks)
+            backups.assert_equal(report.snapshot, daemon)
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)

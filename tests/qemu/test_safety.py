@@ -83,7 +83,7 @@ def fail(error: BaseException) -> Callable[[], None]:
 
 
 def assert_guest_goes_on(guest: BootGuest) -> None:
-    guest.wait_written(guest.written() + 128)
+    guest.wait_written(guest.written() + 64)
     assert guest.errors == 0
 
 

@@ -99,6 +99,7 @@ def _details(snapshot: Snapshot) -> View:
             ("pinned", "yes" if snapshot.pinned else "no"),
             ("labels", ", ".join(snapshot.labels) or "none"),
             ("made by", f"{manifest.program} on {manifest.host}"),
+            *_live(snapshot),
             *_stats(snapshot),
             *([("notes", snapshot.notes)] if snapshot.notes else []),
         ]
@@ -109,6 +110,14 @@ def _details(snapshot: Snapshot) -> View:
     )
     configs = Table(("config", ">bytes"), [(c.name, str(c.size_bytes)) for c in manifest.configs])
     return [fields, *(part for table in (disks, configs) if table.rows for part in ("", table))]
+
+
+def _live(snapshot: Snapshot) -> list[tuple[str, str]]:
+    live = snapshot.manifest.live
+    if live is None:
+        return []
+    frozen = "file systems frozen" if live.frozen else f"file systems not frozen: {live.note}"
+    return [("taken", f"while the VM ran, QEMU {live.qemu}, {frozen}")]
 
 
 def _stats(snapshot: Snapshot) -> list[tuple[str, str]]:
