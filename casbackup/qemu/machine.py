@@ -61,7 +61,7 @@ def find_agent(qmp: QmpClient) -> str | None:
     except QmpCommandFailed:
         return None
     for device in devices:
-        kind, _, rest = device["filename"].partition(":")
+        kind, _, rest = device["filename"].removeprefix("disconnected:").partition(":")
         if "qga" in device["label"] and kind == "unix":
             return str(rest.partition(",")[0])
     return None

@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "CASBACKUP_CACERT": "A file of certificates (PEM) to trust besides the system's; as --cacert.",
     "CASBACKUP_CONFIG": "The configuration file, instead of the user's and the system's.",
     "CASBACKUP_DEBUG": "1: print a traceback with every error.",
+    "XDG_RUNTIME_DIR": "Where backups of running VMs can be steered; default: /run for root, else /tmp.",
     "NO_COLOR": "If set and not empty: no colours on a terminal.",
     "TERM": "`dumb`: neither progress nor drawn tables.",
     "TZ": "The time zone in which retention rules count days; default: that of the machine.",

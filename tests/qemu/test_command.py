@@ -118,7 +118,7 @@ def test_jobs_can_be_steered_from_another_terminal(daemon: Daemon, casbackup: Co
     assert casbackup.json("job", "pause", "vm/100", status=2)["error"]["code"] == "backup-job-not-found"
 
 
-@pytest.mark.parametrize("how", ["cancel", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("how", ["cancel", "SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_ending_a_backup_leaves_neither_snapshot_nor_anything_in_qemu(
     guest: BootGuest, casbackup: Command, how: str
 ) -> None:
@@ -137,6 +137,7 @@ def test_ending_a_backup_leaves_neither_snapshot_nor_anything_in_qemu(
     assert guest.errors == 0
 
 
+@pytest.mark.slow
 def test_a_guest_that_writes_is_restored_to_one_instant(guest: BootGuest, casbackup: Command, tmp_path: Path) -> None:
     casbackup.json("backup", "vm/100", "--qmp", guest.qmp_path)
     casbackup.json("backup", "vm/100", "--qmp", guest.qmp_path)

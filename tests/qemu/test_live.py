@@ -132,6 +132,7 @@ def test_a_guest_that_writes_all_the_time(guest: BootGuest, backups: Backups) ->
     assert guest.errors == 0
 
 
+@pytest.mark.slow
 def test_two_targets_do_not_disturb_each_other(daemon: Daemon, backups: Backups, tmp_path: Path) -> None:
     with Repository.create(str(tmp_path / "other")) as repository, daemon.qmp() as qmp:
         other = Backups(repository)
@@ -157,7 +158,7 @@ def restarted(daemon: Daemon, how: str) -> Iterator[Daemon]:
         made.close()
 
 
-@pytest.mark.parametrize("how", ["quit", "kill"])
+@pytest.mark.parametrize("how", ["quit", pytest.param("kill", marks=pytest.mark.slow)])
 def test_a_lost_bitmap_means_a_full_read_that_stores_nothing(daemon: Daemon, backups: Backups, how: str) -> None:
     with daemon.qmp() as qmp:
         backups.take(qmp)
@@ -244,6 +245,7 @@ def test_bitmaps_of_qcow2_outlive_a_clean_end_only(qcow2: Daemon, backups: Backu
             assert content == actual
 
 
+@pytest.mark.slow
 def test_samples_of_what_is_unchanged_agree(guest: BootGuest, backups: Backups) -> None:
     """Also while the guest writes: what it changes comes with the increment."""
     with guest.qmp() as qmp:
