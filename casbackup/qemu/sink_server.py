@@ -69,12 +69,26 @@ class SharedListener:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
+class _Target(SinkDevice):
+    """Knows whether QEMU has sent it anything."""
+
+    heard = False
+
+    def room(self, length: int) -> memoryview:
+        self.heard = True
+        return super().room(length)
+
+    def write_zeros(self, offset: int, length: int, *, may_trim: bool = True) -> None:
+        self.heard = True
+        super().write_zeros(offset, length, may_trim=may_trim)
+
+
 class SinkServer(NbdServer):
     """Serves a socket that listens already, and is shared, so that closing the server leaves it as it is."""
 
     def __init__(self, spool: Spool, exports: Sequence[SinkExport], *, max_guest_stall_s: float) -> None:
         devices = {
-            item.number: SinkDevice(spool, item.name, item.size_bytes, max_guest_stall_s=max_guest_stall_s)
+            item.number: _Target(spool, item.name, item.size_bytes, max_guest_stall_s=max_guest_stall_s)
             for item in exports
         }
         super().__init__(
@@ -87,6 +101,11 @@ class SinkServer(NbdServer):
     def flushes(self) -> int:
         """Disks whose export QEMU has flushed."""
         return sum(1 for device in self._devices.values() if device.flushes)
+
+    @property
+    def heard(self) -> int:
+        """Disks of which QEMU has sent something."""
+        return sum(1 for device in self._devices.values() if device.heard)
 
     def serve(self, listener: socket.socket) -> None:
         """Begin to accept connections. ``listener`` stays the caller's."""
@@ -110,9 +129,9 @@ class StandIn:
         self._server = SinkServer(self._spool, exports, max_guest_stall_s=0)
 
     @property
-    def connections(self) -> int:
-        """Of QEMU, which has one for each disk."""
-        return self._server.connections
+    def heard(self) -> int:
+        """Disks of which QEMU has sent something: it is done with connecting anew."""
+        return self._server.heard
 
     def serve(self, listener: socket.socket) -> None:
         self._server.serve(listener)
