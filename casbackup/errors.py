@@ -25,7 +25,7 @@
      |   +- NbdConnectionFailed, NbdProtocolError, NbdRequestFailed
      +- ServerError           a chunk server cannot be reached, or does not do what it is asked
      |   +- ServerUnreachable, ServerBusy, ServerFault, ServerProtocolError, RequestRefused, NeedsFolder
-     |   +- TokenMissing, TokenInvalid, RightMissing, SessionDetached
+     |   +- TokenMissing, TokenInvalid, RightMissing, SessionDetached, ServerJobNotFound
      +- LiveBackupError       a backup beside a running guest
      |   +- BackupBroken, GuestWriteRefused, SinkLost, BackupJobFailed, BackupJobNotFound, LiveBackupBusy,
      |   +- LiveUnsupported, DiskUnknown
@@ -666,6 +666,13 @@ class SessionDetached(ServerError):
     code = "session-detached"
     retryable = True
     advice = "Resume the session; a casbackup client does so by itself."
+
+
+class ServerJobNotFound(ServerError):
+    """The server knows no job with this id; it remembers only the latest ones."""
+
+    code = "server-job-not-found"
+    advice = "List what there is with `casbackup server-job list`."
 
 
 class LiveBackupError(CasbackupError):

@@ -85,7 +85,7 @@ MAX_HTTP_RANGES = 64
 MAX_REST_READERS = 64
 """Downloads from one repository at a time over REST; further ones are told to come later."""
 
-MAX_REST_EXPORTS = 4
+MAX_REST_EXPORTS = 2
 """Exports of one server at a time over REST; each has up to 96 MiB of buffers."""
 
 REST_CACHE_BYTES = 64 * MiB

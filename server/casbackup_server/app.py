@@ -13,7 +13,7 @@ from fastapi import APIRouter, FastAPI
 from casbackup import __version__
 from casbackup_server import problems
 from casbackup_server.guard import Guard
-from casbackup_server.routes import browsing, disks, exports, manifests, reading, repositories, sessions
+from casbackup_server.routes import browsing, disks, exports, health, jobs, manifests, reading, repositories, sessions
 from casbackup_server.served import Server
 
 _LOOK_S = 5.0
@@ -50,6 +50,7 @@ def create_app(server: Server) -> FastAPI:
     )
     app.state.server = server
     app.include_router(_v1())
+    app.include_router(health.router)
     app.add_middleware(Guard)
     problems.install(app)
     return app
@@ -57,7 +58,7 @@ def create_app(server: Server) -> FastAPI:
 
 def _v1() -> APIRouter:
     router = APIRouter(prefix="/v1/repositories/{repository}")
-    for module in (repositories, manifests, sessions, reading, browsing, disks, exports):
+    for module in (repositories, manifests, sessions, reading, browsing, disks, exports, jobs):
         router.include_router(module.router)
     return router
 

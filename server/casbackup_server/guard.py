@@ -72,6 +72,7 @@ class _Request:
             await self._refuse(ServerFault("the server met an error that it did not expect; its log has more"))
         finally:
             _log.info("request", **self._about())
+            self._count()
 
     async def _answer(self) -> None:
         declared = dict(self._scope["headers"]).get(b"content-length")
@@ -113,6 +114,13 @@ class _Request:
             raise ConnectionAbortedError("the answer was cut off")
         answer = problem(failure, headers={"Connection": "close"})
         await answer(self._scope, self._receive, self._counted_send)
+
+    def _count(self) -> None:
+        route = self._scope.get("route")
+        took_s = time.monotonic() - self._began_s
+        self._scope["app"].state.server.metrics.count(
+            self._scope["method"], getattr(route, "path", ""), self._status, took_s
+        )
 
     def _about(self) -> dict[str, object]:
         client = self._scope.get("client")

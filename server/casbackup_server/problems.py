@@ -33,6 +33,7 @@ _STATUS: dict[type[e.CasbackupError], int] = {
     e.SnapshotConflict: 409,
     e.ArchiveError: 400,
     e.ServerBusy: 503,
+    e.ServerJobNotFound: 404,
     e.ServerProtocolError: 400,
     e.RequestRefused: 413,
     e.TokenMissing: 401,

@@ -9,12 +9,15 @@ from typing import NamedTuple
 import structlog
 import uvicorn
 
-from casbackup.errors import Interrupted, UsageError
+from casbackup.errors import ConfigInvalid, Interrupted, UsageError
 from casbackup.limits import MAX_UPLOADING_BYTES
 from casbackup_server.app import create_app
 from casbackup_server.audit import Audit
 from casbackup_server.budget import ByteBudget
 from casbackup_server.gate import Gate, OpenGate, TokenGate
+from casbackup_server.jobs.configured import configured_tasks, zone_of
+from casbackup_server.jobs.notify import notifier_for
+from casbackup_server.jobs.schedule import scheduled
 from casbackup_server.protocol import PatientProtocol
 from casbackup_server.served import Server, opened
 from casbackup_server.settings import Settings
@@ -61,10 +64,21 @@ def run(settings: Settings) -> None:
     listen = parse_listen(settings.listen)
     require_safe(settings, listen)
     paths = {name: item.path for name, item in settings.repositories.items()}
-    with contextlib.closing(Audit(settings.audit_log)) as audit, opened(paths) as served:
-        server = Server(served, _gate(settings, audit), audit, Threads(), ByteBudget(MAX_UPLOADING_BYTES))
+    tasks, zone, notifier = configured_tasks(settings), zone_of(settings), notifier_for(settings.notify.urls)
+    with contextlib.closing(Audit(settings.audit_log)) as audit, opened(paths, tasks) as served:
+        server = Server(
+            served,
+            _gate(settings, audit),
+            audit,
+            Threads(),
+            ByteBudget(MAX_UPLOADING_BYTES),
+            metrics_token=_metrics_token(settings.metrics_token_file),
+        )
         _log.info("serving", listen=settings.listen, repositories=sorted(served), tls=settings.tls is not None)
-        with contextlib.suppress(KeyboardInterrupt, Interrupted):  # uvicorn raises the signal once more when it is done
+        with (
+            scheduled(settings, served, zone, notifier, server.metrics),
+            contextlib.suppress(KeyboardInterrupt, Interrupted),  # uvicorn raises the signal once more when it is done
+        ):
             uvicorn.Server(_config(server, settings, listen)).run()
     _log.info("stopped")
 
@@ -73,6 +87,20 @@ def require_safe(settings: Settings, listen: Listen) -> None:
     """:raise UsageError: when strangers could do what they like."""
     if settings.insecure_no_auth and not listen.is_loopback:
         raise UsageError(f"--insecure-no-auth is for loopback addresses; {listen.host} is none")
+
+
+def _metrics_token(path: str | None) -> str | None:
+    """:raise ConfigInvalid: when there is none in the file."""
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="ascii") as file:
+            token = file.read().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigInvalid(f"{path} cannot be read: {error}") from error
+    if not token:
+        raise ConfigInvalid(f"{path} is empty; it must hold the token for metrics")
+    return token
 
 
 def _gate(settings: Settings, audit: Audit) -> Gate:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from casbackup.limits import MAX_REST_EXPORTS, REST_CACHE_BYTES
@@ -13,7 +13,10 @@ from casbackup.repository.repository import Repository
 from casbackup_server.audit import Audit
 from casbackup_server.budget import ByteBudget
 from casbackup_server.gate import Gate
+from casbackup_server.jobs.runner import JobRunner
+from casbackup_server.jobs.task import Task, default_tasks
 from casbackup_server.live import LiveSessions
+from casbackup_server.metrics import Metrics
 from casbackup_server.opensnapshots import OpenSnapshots
 from casbackup_server.threads import Threads
 
@@ -27,6 +30,7 @@ class Served:
     peer: LocalPeer
     live: LiveSessions
     reading: OpenSnapshots
+    jobs: JobRunner
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +42,16 @@ class Server:
     audit: Audit
     threads: Threads
     uploading: ByteBudget
+    metrics: Metrics = field(default_factory=Metrics)
+    metrics_token: str | None = None
+    """Who asks for metrics must show it; None: only this machine may ask."""
     exports: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(MAX_REST_EXPORTS))
 
 
 @contextlib.contextmanager
-def opened(paths: Mapping[str, str]) -> Iterator[dict[str, Served]]:
-    """Open the repositories; at the end their sessions are parked.
+def opened(paths: Mapping[str, str], tasks: Mapping[str, Sequence[Task]] | None = None) -> Iterator[dict[str, Served]]:
+    """Open the repositories; at the end their jobs are cancelled and their sessions parked. ``tasks``: what jobs may be
+    asked for, by repository.
 
     :raise RepositoryError: when one cannot be opened.
     """
@@ -56,5 +64,7 @@ def opened(paths: Mapping[str, str]) -> Iterator[dict[str, Served]]:
             peer = LocalPeer(repository)
             reading = OpenSnapshots(peer, REST_CACHE_BYTES // len(paths))
             stack.callback(reading.close)
-            found[name] = Served(name, repository, peer, live, reading)
+            jobs = JobRunner(name, repository, (tasks or {}).get(name, default_tasks()))
+            stack.callback(jobs.close)
+            found[name] = Served(name, repository, peer, live, reading, jobs)
         yield found

@@ -9,6 +9,22 @@
 
     [repositories.main]
     path = "/backup/vms"
+    retention = { daily = 7, weekly = 4 }
+    max-age = { "vm/*" = "26h" }
+
+    [repositories.main.tasks.nightly-check]
+    kind = "check"
+    cron = "0 4 * * *"
+    time-budget = "1h"
+
+    [repositories.main.tasks.offsite]
+    kind = "sync"
+    cron = "30 5 * * *"
+    to = "https://offsite.example.com:8007/main"
+    token-file = "/etc/casbackup/offsite.token"
+
+    [notify]
+    urls = ["mailto://user:password@example.com"]
 
 Options of ``casbackup serve`` come before what the file says. Relative paths start at the file's folder.
 """
@@ -49,10 +65,48 @@ class TlsSettings(_Table):
     key: PathText
 
 
+class RetentionSettings(_Table):
+    """How many snapshots, or periods with one, are kept of each VM."""
+
+    last: int = 0
+    hourly: int = 0
+    daily: int = 0
+    weekly: int = 0
+    monthly: int = 0
+    yearly: int = 0
+
+
+class TaskSettings(_Table):
+    """``cron``: five fields; without it, the task is only done when asked for. The other keys belong to a kind each:
+    ``read_data`` and ``time_budget`` to check, the rest to sync.
+    """
+
+    kind: Literal["gc", "check", "forget", "sync"]
+    cron: str | None = None
+    read_data: bool = False
+    time_budget: str | None = None
+    to: str | None = None
+    source: Annotated[str | None, Field(alias="from")] = None
+    token_file: PathText | None = None
+    cacert: PathText | None = None
+    vms: list[str] = []
+    last: Annotated[int | None, Field(ge=1)] = None
+    mirror: bool = False
+
+
 class RepositorySettings(_Table):
-    """``path``: the repository's folder."""
+    """``path``: the repository's folder. ``max_age``: by patterns of VMs, how old their latest snapshot may become."""
 
     path: PathText
+    retention: RetentionSettings | None = None
+    tasks: dict[str, TaskSettings] = {}
+    max_age: dict[str, str] = {}
+
+
+class NotifySettings(_Table):
+    """``urls``: where apprise sends what went wrong."""
+
+    urls: list[str] = []
 
 
 class Settings(_Table):
@@ -62,7 +116,10 @@ class Settings(_Table):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     insecure_no_auth: bool = False
     audit_log: PathText | None = None
+    metrics_token_file: PathText | None = None
+    timezone: str = "UTC"
     tls: TlsSettings | None = None
+    notify: NotifySettings = NotifySettings()
     repositories: dict[str, RepositorySettings] = {}
 
 

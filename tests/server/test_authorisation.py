@@ -12,13 +12,16 @@ import pytest
 import urllib3
 
 from casbackup.clock import format_time
+from casbackup.codec.records import encode_blob
 from casbackup.errors import RightMissing, SnapshotNotFound, TokenInvalid, TokenMissing
 from casbackup.ids import DEFAULT_NAMESPACE, VmName
 from casbackup.repository.catalog import Snapshot
-from casbackup.spec.manifest import encode_manifest
+from casbackup.spec.manifest import ConfigRecord, encode_manifest
+from casbackup.spec.record import BlobKind
 from casbackup.spec.wire import ATTACHMENT_HEADER, encode_snapshot
 from casbackup.testing.peer import TIME_MS, chunk, stored_disk
 from casbackup_server.gate import Failures
+from casbackup_server.jobs.task import gc_task
 from casbackup_server.problems import Refusal
 from casbackup_server.rights import Right
 from casbackup_server.tokens import TokenFile
@@ -38,9 +41,18 @@ class Call(NamedTuple):
     needs: frozenset[Right]
 
 
+def with_config(running: Running, content: bytes) -> Snapshot:
+    """A snapshot that has a disk and a config."""
+    session = running.local().open_session(DEFAULT_NAMESPACE, VmName("vm/100"))
+    config = encode_blob(BlobKind.CONFIG, b"memory: 1\n", 3)
+    session.send([config])
+    draft = stored_disk(session, content)
+    return session.commit(replace(draft, configs=(ConfigRecord("vm.conf", 10, config.id),)))
+
+
 def calls(running: Running) -> dict[str, Call]:
     """One call of each route, and whatever it needs to succeed."""
-    snapshot = committed(running.local(), b"x" * 4096)
+    snapshot = with_config(running, b"x" * 4096)
     copy = replace(snapshot.manifest, sequence=7, time_ms=TIME_MS + 5)
     live = running.server.repositories[NAME].live
     sessions = iter([live.open(DEFAULT_NAMESPACE, VmName("vm/100"), ATTACHMENT[:-1] + digit) for digit in "0123456789"])
@@ -50,9 +62,9 @@ def calls(running: Running) -> dict[str, Call]:
     def json_of(**content: object) -> bytes:
         return json.dumps(content).encode()
 
-    read, backup, restore, prune = (
-        frozenset({right}) for right in (Right.READ, Right.BACKUP, Right.RESTORE, Right.PRUNE)
-    )
+    read, backup, restore, prune, admin = (frozenset({right}) for right in Right)
+    jobs = running.server.repositories[NAME].jobs
+    job = jobs.start(gc_task("another"), "test").id
     manifest = encode_manifest(replace(snapshot.manifest, sequence=0, parent=None))[0]
     return {
         "config": Call("GET", "/config", b"", read),
@@ -75,6 +87,19 @@ def calls(running: Running) -> dict[str, Call]:
         "readings": Call("POST", "/readings", json_of(id="b" * 32, snapshot=snapshot.id), restore),
         "end": Call("POST", f"/readings/{'b' * 32}/end", b"", restore),
         "fetch": Call("POST", "/fetch", snapshot.manifest.disks[0].root, restore),
+        "namespaces": Call("GET", "/namespaces", b"", read),
+        "vms": Call("GET", "/vms", b"", read),
+        "snapshots": Call("GET", "/snapshots", b"", read),
+        "snapshot": Call("GET", f"/snapshots/{snapshot.id}", b"", read),
+        "disk": Call("GET", f"/snapshots/{snapshot.id}/disks/scsi0", b"", restore),
+        "disk-head": Call("HEAD", f"/snapshots/{snapshot.id}/disks/scsi0", b"", restore),
+        "config-content": Call("GET", f"/snapshots/{snapshot.id}/configs/vm.conf", b"", restore),
+        "export": Call("GET", f"/snapshots/{snapshot.id}/export?format=vma", b"", restore),
+        "job-start": Call("POST", "/jobs", json_of(task="gc"), admin),
+        "jobs": Call("GET", "/jobs", b"", prune),
+        "job": Call("GET", f"/jobs/{job}", b"", prune),
+        "job-log": Call("GET", f"/jobs/{job}/log", b"", prune),
+        "job-cancel": Call("POST", f"/jobs/{job}/cancel", b"", admin),
         "forget": Call("POST", "/manifests/forget", json_of(ids=[snapshot.id]), prune),
     }
 
@@ -102,7 +127,8 @@ def test_every_route_is_in_the_matrix(guarded: Running) -> None:
 
 def _shape(path: str) -> str:
     parts = path.partition("?")[0].split("/")
-    return "/".join("*" if len(part) == 32 or part.startswith("{") else part for part in parts)
+    names = ("scsi0", "vm.conf")
+    return "/".join("*" if len(part) in (32, 64) or part in names or part.startswith("{") else part for part in parts)
 
 
 @pytest.mark.parametrize("right", Right)
@@ -116,16 +142,24 @@ def test_matrix(guarded: Running, right: Right) -> None:
         if allowed:
             assert answer.status in (200, 204), (name, answer.data)
         else:
-            assert (answer.status, answer.json()["code"]) == (403, "right-missing"), name
+            assert (answer.status, _code(call, answer)) == (403, "right-missing"), name
+
+
+def _code(call: Call, answer: urllib3.BaseHTTPResponse) -> str:
+    """The code in the problem document; an answer to HEAD has none."""
+    if call.method == "HEAD":
+        return {401: "token-missing", 403: "right-missing"}[answer.status]
+    return str(answer.json()["code"])
 
 
 def test_without_a_token(guarded: Running) -> None:
     for name, call in calls(guarded).items():
         answer = made(guarded, call, None)
-        assert (answer.status, answer.json()["code"]) == (401, "token-missing"), name
+        assert (answer.status, _code(call, answer)) == (401, "token-missing"), name
         assert "www-authenticate" in answer.headers
         answer = made(guarded, call, "cb1_0123456789ab_" + "A" * 43)
-        assert (answer.status, answer.json()["code"]) == (401, "token-invalid"), name
+        assert answer.status == 401, name
+        assert call.method == "HEAD" or answer.json()["code"] == "token-invalid", name
 
 
 def test_for_another_vm(guarded: Running) -> None:
@@ -134,7 +168,7 @@ def test_for_another_vm(guarded: Running) -> None:
     token = grant(guarded.folder, Right.BACKUP, Right.RESTORE, Right.PRUNE, vms=("vm/200",))
     for name, call in prepared.items():
         answer = made(guarded, call, token)
-        if name in ("config", "manifests", "end", "fetch", "forget"):
+        if name in ("config", "manifests", "end", "fetch", "forget", "namespaces", "vms", "snapshots"):
             assert answer.status in (200, 204)
         else:
             assert answer.status in (403, 404), name

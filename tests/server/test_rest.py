@@ -14,6 +14,7 @@ import pytest
 import urllib3
 
 from casbackup.ids import DiskName
+from casbackup.limits import MAX_REST_EXPORTS
 from casbackup.repository.catalog import Snapshot
 from casbackup.units import KiB, MiB
 from casbackup_server import ranges, streaming
@@ -247,7 +248,7 @@ def test_exports_have_a_limit_and_give_their_places_back(running: Running, snaps
     import time
 
     address = url(running, snapshot, "/export?format=raw")
-    under_way = [HTTP.request("GET", address, preload_content=False) for _ in range(4)]
+    under_way = [HTTP.request("GET", address, preload_content=False) for _ in range(MAX_REST_EXPORTS)]
     assert get(address).status == 503
     for answer in under_way:
         answer.close()

@@ -1,0 +1,1 @@
+"""Work that a server does on its repositories by itself: gc, check, forget, sync."""
