@@ -25,7 +25,6 @@ class LiveBitmap:
     """A dirty bitmap of a disk. ``usable``: it records, is whole, and nobody else is using it."""
 
     name: str
-    granularity_bytes: int
     dirty_bytes: int
     usable: bool
     inconsistent: bool
@@ -39,7 +38,6 @@ class LiveDisk:
     node: str
     size_bytes: int
     source: str
-    driver: str
     device: str = ""
     keeps_bitmaps: bool = False
     """Its image format stores dirty bitmaps, so that they outlive QEMU."""
@@ -121,7 +119,6 @@ def _disk(name: str, node: dict[str, Any], device: str = "") -> LiveDisk:
         node=node["node-name"],
         size_bytes=image["virtual-size"],
         source=str(image.get("filename", "")),
-        driver=node["drv"],
         device=device,
         keeps_bitmaps=_keeps_bitmaps(image),
         bitmaps=tuple(_bitmap(item) for item in node.get("dirty-bitmaps", ()) if "name" in item),
@@ -145,7 +142,6 @@ def _bitmap(item: dict[str, Any]) -> LiveBitmap:
     inconsistent = bool(item.get("inconsistent", False))
     return LiveBitmap(
         name=item["name"],
-        granularity_bytes=item["granularity"],
         dirty_bytes=item["count"],
         usable=bool(item.get("recording")) and not item.get("busy") and not inconsistent,
         inconsistent=inconsistent,

@@ -91,7 +91,6 @@ class Sink:
             {
                 "waiting_bytes": self._spool.waiting_bytes,
                 "failure": None if failure is None else failure.message,
-                "flushed": self._server.flushes,
             }
         )
 

@@ -98,11 +98,6 @@ class SinkServer(NbdServer):
         self._devices = devices
 
     @property
-    def flushes(self) -> int:
-        """Disks whose export QEMU has flushed."""
-        return sum(1 for device in self._devices.values() if device.flushes)
-
-    @property
     def heard(self) -> int:
         """Disks of which QEMU has sent something."""
         return sum(1 for device in self._devices.values() if device.heard)

@@ -11,12 +11,12 @@ from casbackup.qemu.disks import LiveBitmap, LiveDisk
 TARGET = bitmaps.target_of("0" * 32, DEFAULT_NAMESPACE, VmName("vm/100"))
 OTHER = bitmaps.target_of("1" * 32, DEFAULT_NAMESPACE, VmName("vm/100"))
 OLD, NEW = "a" * 16, "b" * 16
-DISK = LiveDisk(DiskName("scsi0"), "node", 1 << 20, "/vm.raw", "raw")
+DISK = LiveDisk(DiskName("scsi0"), "node", 1 << 20, "/vm.raw")
 SIZES = {DISK.name: DISK.size_bytes}
 
 
 def bitmap(token: str, target: str = TARGET) -> LiveBitmap:
-    return LiveBitmap(bitmaps.bitmap_name(target, token), 65536, 0, usable=True, inconsistent=False)
+    return LiveBitmap(bitmaps.bitmap_name(target, token), 0, usable=True, inconsistent=False)
 
 
 def with_bitmaps(*found: LiveBitmap) -> LiveDisk:
