@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -117,6 +118,12 @@ class Sink:
             self._link.data.shutdown(socket.SHUT_RDWR if self._spool.failure else socket.SHUT_WR)
 
     def _orphaned(self, settings: SinkSettings) -> None:
+        try:
+            self._clean_up(settings)
+        finally:
+            shutil.rmtree(os.path.dirname(self._listener.getsockname()), ignore_errors=True)
+
+    def _clean_up(self, settings: SinkSettings) -> None:
         self._spool.fail(BackupBroken("the backup's process has died"))
         self._thaw()
         deadline = time.monotonic() + _PATIENCE_S

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -274,7 +275,10 @@ def backup_process() -> Iterator[Callable[[Process], object]]:
         process.communicate()
 
 
-def test_the_backup_is_killed_and_its_sink_cleans_up(guest: BootGuest, backup_process: Callable[..., object]) -> None:
+def test_the_backup_is_killed_and_its_sink_cleans_up(
+    guest: BootGuest, backup_process: Callable[..., object], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(place))
     process = backup_process(guest)
     assert process.stdout.readline() == "data\n"  # type: ignore[attr-defined]
     process.kill()  # type: ignore[attr-defined]
@@ -286,3 +290,6 @@ def test_the_backup_is_killed_and_its_sink_cleans_up(guest: BootGuest, backup_pr
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert_guest_goes_on(guest)
+    while list(place.glob("casbackup-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
