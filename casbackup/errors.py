@@ -25,7 +25,8 @@
      |   +- NbdConnectionFailed, NbdProtocolError, NbdRequestFailed
      +- ServerError           a chunk server cannot be reached, or does not do what it is asked
      |   +- ServerUnreachable, ServerBusy, ServerFault, ServerProtocolError, RequestRefused, NeedsFolder
-     |   +- TokenMissing, TokenInvalid, RightMissing, SessionDetached, ServerJobNotFound
+     |   +- TokenMissing, TokenInvalid, RightMissing, SessionDetached, ServerJobNotFound,
+     |   +- ServerJobFailed
      +- LiveBackupError       a backup beside a running guest
      |   +- BackupBroken, GuestWriteRefused, SinkLost, BackupJobFailed, BackupJobNotFound, LiveBackupBusy,
      |   +- LiveUnsupported, DiskUnknown
@@ -673,6 +674,13 @@ class ServerJobNotFound(ServerError):
 
     code = "server-job-not-found"
     advice = "List what there is with `casbackup server-job list`."
+
+
+class ServerJobFailed(ServerError):
+    """A job of the server did not succeed."""
+
+    code = "server-job-failed"
+    advice = "`casbackup server-job log` shows what it wrote down."
 
 
 class LiveBackupError(CasbackupError):

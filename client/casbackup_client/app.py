@@ -21,6 +21,7 @@ from casbackup_client.output import Output, is_terminal
 if TYPE_CHECKING:
     from casbackup.ids import Namespace
     from casbackup.peer.api import Peer
+    from casbackup.peer.http.rest import RestClient
     from casbackup.progress import Progress
     from casbackup.repository.repository import Repository
     from casbackup_client.config_file import Profile
@@ -125,6 +126,20 @@ class App:
         address = parse_address(path)
         with HttpPeer(address, find_credentials(self._profile, self.environment, self.cacert_option)) as peer:
             yield peer
+
+    @contextlib.contextmanager
+    def server(self) -> Iterator[RestClient]:
+        """The server that the repository is on.
+
+        :raise UsageError: when it is in a folder.
+        """
+        from casbackup.peer.http.address import parse_address
+        from casbackup.peer.http.rest import RestClient
+        from casbackup_client.credentials import find_credentials
+
+        address = parse_address(self.repository_path)
+        with RestClient(address, find_credentials(self._profile, self.environment, self.cacert_option)) as client:
+            yield client
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Progress]:

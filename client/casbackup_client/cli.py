@@ -58,6 +58,7 @@ SECTIONS: dict[str, dict[str, Entry]] = {
     },
     "Administer": {
         "serve": Entry("serve:serve", "Serve repositories over HTTP."),
+        "server-job": Entry("server_job:server_job", "Start or watch gc, check and other jobs of a server."),
         "token": Entry("token:token", "Manage who may use a repository over HTTP."),
         "migrate": Entry("migrate:migrate", "Bring a repository to the current format."),
         "sessions": Entry("sessions:sessions", "List or abort backups that are under way or were interrupted."),

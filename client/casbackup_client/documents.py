@@ -727,6 +727,48 @@ class JobDocument(TypedDict):
     """In memory, on the way to the repository."""
 
 
+class ServerJobDocument(TypedDict):
+    """A job of a server. Times are RFC 3339."""
+
+    id: str
+    kind: str
+    """``gc``, ``check``, ``forget`` or ``sync``."""
+    task: str
+    by: str
+    """The token that asked for it, or ``schedule``."""
+    state: str
+    """``waiting``, ``running``, ``succeeded``, ``failed``, ``cancelled`` or ``interrupted``."""
+    created: str
+    started: str | None
+    ended: str | None
+    phase: str
+    """What it is doing; empty when it is over."""
+    done_bytes: int
+    total_bytes: int | None
+    result: str
+    error: str | None
+    """The code of what it failed with."""
+
+
+class ServerJobResultDocument(TypedDict):
+    """Printed by ``server-job start``, ``show`` and ``cancel``."""
+
+    job: ServerJobDocument
+
+
+class ServerJobsDocument(TypedDict):
+    """Printed by ``server-job list``, the newest first."""
+
+    jobs: list[ServerJobDocument]
+
+
+class ServerJobLogDocument(TypedDict):
+    """Printed by ``server-job log``."""
+
+    id: str
+    lines: list[str]
+
+
 class JobsDocument(TypedDict):
     """Printed by ``job list``."""
 

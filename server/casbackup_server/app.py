@@ -12,7 +12,7 @@ from fastapi import APIRouter, FastAPI
 
 from casbackup import __version__
 from casbackup_server import problems
-from casbackup_server.guard import Guard
+from casbackup_server.guard import PREFIX, Guard
 from casbackup_server.routes import browsing, disks, exports, health, jobs, manifests, reading, repositories, sessions
 from casbackup_server.served import Server
 
@@ -57,7 +57,7 @@ def create_app(server: Server) -> FastAPI:
 
 
 def _v1() -> APIRouter:
-    router = APIRouter(prefix="/v1/repositories/{repository}")
+    router = APIRouter(prefix=PREFIX)
     for module in (repositories, manifests, sessions, reading, browsing, disks, exports, jobs):
         router.include_router(module.router)
     return router

@@ -21,6 +21,7 @@ BODY_PAUSE_S = 30.0
 MIN_BYTES_PER_S = 4096
 """A body that comes more slowly than this, after the first pause's length, is refused."""
 
+PREFIX = "/v1/repositories/{repository}"
 _UPLOADS = "/records"
 _NOBODY_LISTENS = 499
 """For the log: the client went away before it was answered."""
@@ -116,11 +117,9 @@ class _Request:
         await answer(self._scope, self._receive, self._counted_send)
 
     def _count(self) -> None:
-        route = self._scope.get("route")
+        route = getattr(self._scope.get("route"), "path", "").removeprefix(PREFIX)
         took_s = time.monotonic() - self._began_s
-        self._scope["app"].state.server.metrics.count(
-            self._scope["method"], getattr(route, "path", ""), self._status, took_s
-        )
+        self._scope["app"].state.server.metrics.count(self._scope["method"], route, self._status, took_s)
 
     def _about(self) -> dict[str, object]:
         client = self._scope.get("client")

@@ -272,5 +272,6 @@ def test_only_failures_are_told_of() -> None:
     assert told.titles == ["casbackup: gc of main failed"]
 
 
+@pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning")
 def test_a_notification_that_cannot_be_sent_harms_nothing() -> None:
     AppriseNotifier(["json://127.0.0.1:1/", "nonsense"]).send("title", "text")

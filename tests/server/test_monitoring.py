@@ -47,7 +47,7 @@ def test_metrics(running: Running) -> None:
     assert 'casbackup_job_last_success_timestamp_seconds{repository="main",task="gc"} 5.0' in text
     assert 'casbackup_sessions{repository="main"} 0.0' in text
     assert 'casbackup_unverified_age_seconds{repository="main"}' in text
-    assert 'route="/v1/repositories/{repository}/snapshots/{snapshot}",status="200"} 1.0' in text
+    assert 'route="/snapshots/{snapshot}",status="200"} 1.0' in text
     assert 'route="none",status="404"} 1.0' in text
     assert snapshot.id not in text
 
