@@ -159,11 +159,10 @@ class _Sync:
             self._progress.advance(done=goal.leave_out(missing))
         limit = NO_LIMIT if adopt is None else self._limit
         copier = Copier(self._source, session, limit=limit, progress=self._progress, only_count=adopt is None)
-        try:
-            copier.run(goals)
-        finally:
+        with contextlib.ExitStack() as releasing:  # each of them, even if the source cannot be reached any more
             for goal in goals:
-                goal.release()
+                releasing.callback(goal.release)
+            copier.run(goals)
 
     def _note(self, result: SnapshotResult) -> None:
         self._results[result.snapshot.id] = result

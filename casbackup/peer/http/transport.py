@@ -65,6 +65,7 @@ class Transport:
         self._patience_s = patience_s
         self._sleep = sleep
         self._reached = False
+        self._jitter = random.Random()  # not the one that all of the process shares
         self._headers = {"User-Agent": f"casbackup/{__version__}"}
         if credentials.token is not None:
             self._headers["Authorization"] = f"Bearer {credentials.token}"
@@ -122,7 +123,7 @@ class Transport:
                     deadline = now + (self._patience_s if self._reached else min(FIRST_PATIENCE_S, self._patience_s))
                 if now + pause > deadline:
                     raise
-            self._sleep(pause * random.uniform(0.75, 1.25))
+            self._sleep(pause * self._jitter.uniform(0.75, 1.25))
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     def close(self) -> None:
