@@ -21,8 +21,8 @@ def look(served: Served, metrics: Metrics) -> None:
     """Ages of VMs, and sessions."""
     now_ms = served.repository.clock.now_ms()
     found, _ = served.repository.catalog.survey()
-    for (namespace, vm), time_ms in latest_ms(found).items():
-        metrics.last_success.labels(served.name, namespace, vm).set(max(0, now_ms - time_ms) / 1000)
+    ages = {owner: max(0, now_ms - time_ms) / 1000 for owner, time_ms in latest_ms(found).items()}
+    metrics.last_success.show(served.name, ages)
     metrics.sessions.labels(served.name).set(served.live.count())
 
 
@@ -37,10 +37,9 @@ def refresh(served: Served, metrics: Metrics) -> None:
 def _refresh(served: Served, metrics: Metrics) -> None:
     sums = account(served.repository)
     owners = groupby(sums.snapshots, lambda s: (s.manifest.namespace, s.manifest.vm))
-    for (namespace, vm), group in owners:
-        usage = sums.usage(group)
-        metrics.logical.labels(served.name, namespace, vm).set(usage.logical_bytes)
-        metrics.unique.labels(served.name, namespace, vm).set(usage.unique_bytes)
+    usages = {owner: sums.usage(group) for owner, group in owners}
+    metrics.logical.show(served.name, {owner: usage.logical_bytes for owner, usage in usages.items()})
+    metrics.unique.show(served.name, {owner: usage.unique_bytes for owner, usage in usages.items()})
     values = read_index(served.repository.index).values
     verified = values["verified"][values["pack"] > 0].astype(np.int64)
     oldest_s = int(verified.min()) if len(verified) else served.repository.clock.now_ms() // 1000

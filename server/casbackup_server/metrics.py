@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import threading
+from collections.abc import Iterable, Mapping
 
-from casbackup_server.jobs.job import Job
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+
+from casbackup.ids import Namespace, VmName
+from casbackup_server.jobs.job import Job, JobState
 
 _BUCKETS = (0.005, 0.01, 0.025, 0.1, 0.25, 1, 2.5, 10, 60, 600)
 _VM = ("repository", "namespace", "vm")
 _METHODS = frozenset({"GET", "HEAD", "POST"})
+
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class VmGauge:
+    """A figure of each VM. A VM that is no more has none."""
+
+    def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
+        self._gauge = Gauge(name, text, _VM, registry=registry)
+        self._shown: dict[str, set[tuple[Namespace, VmName]]] = {}
+        self._lock = threading.Lock()
+
+    def show(self, repository: str, values: Mapping[tuple[Namespace, VmName], float]) -> None:
+        """All figures of a repository."""
+        with self._lock:
+            for gone in self._shown.get(repository, set()) - values.keys():
+                self._gauge.remove(repository, *gone)
+            for owner, value in values.items():
+                self._gauge.labels(repository, *owner).set(value)
+            self._shown[repository] = set(values)
 
 
 class Metrics:
@@ -32,13 +64,9 @@ class Metrics:
         self.sessions = Gauge(
             "casbackup_sessions", "Backups that clients are attached to.", ("repository",), registry=registry
         )
-        self.last_success = Gauge(
-            "casbackup_vm_last_success_age_seconds", "Age of a VM's latest snapshot.", _VM, registry=registry
-        )
-        self.logical = Gauge(
-            "casbackup_vm_logical_bytes", "All snapshots of a VM as they are restored.", _VM, registry=registry
-        )
-        self.unique = Gauge("casbackup_vm_unique_bytes", "What forgetting a VM would free.", _VM, registry=registry)
+        self.last_success = VmGauge("casbackup_vm_last_success_age_seconds", "Age of a VM's latest snapshot.", registry)
+        self.logical = VmGauge("casbackup_vm_logical_bytes", "All snapshots of a VM as they are restored.", registry)
+        self.unique = VmGauge("casbackup_vm_unique_bytes", "What forgetting a VM would free.", registry)
         self.unverified_age = Gauge(
             "casbackup_unverified_age_seconds",
             "How long ago the data that was not verified for longest was; never: since 1970.",
@@ -57,10 +85,15 @@ class Metrics:
 
     def job_ended(self, repository: str, job: Job) -> None:
         self._jobs.labels(repository, job.task, job.state.value).inc()
-        if job.state.value == "succeeded" and job.ended_ms is not None:
-            self._job_ended.labels(repository, job.task).set(job.ended_ms / 1000)
-        if job.pending_bytes is not None:
-            self.gc_pending.labels(repository).set(job.pending_bytes)
+        self.remember(repository, [job])
+
+    def remember(self, repository: str, jobs: Iterable[Job]) -> None:
+        """What jobs that have ended tell, the oldest first."""
+        for job in jobs:
+            if job.state is JobState.SUCCEEDED and job.ended_ms is not None:
+                self._job_ended.labels(repository, job.task).set(job.ended_ms / 1000)
+            if job.pending_bytes is not None:
+                self.gc_pending.labels(repository).set(job.pending_bytes)
 
     def text(self) -> bytes:
         """In the text format of Prometheus."""

@@ -88,7 +88,7 @@ def test_shell_blocks_are_sound_shell(page: str) -> None:
 def test_commands_and_options_exist(page: str) -> None:
     """Every ``casbackup COMMAND --option`` of a page is one of the command line's."""
     reference = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
-    sections = dict(re.findall(r"^### ([\w ]+)\n(.*?)(?=^##|\Z)", reference, re.DOTALL | re.MULTILINE))
+    sections = dict(re.findall(r"^### ([\w -]+)\n(.*?)(?=^##|\Z)", reference, re.DOTALL | re.MULTILINE))
     global_options = reference.partition("## Global options")[2]
     for line in "\n".join(shell_blocks(page)).splitlines():
         for call in re.findall(r"casbackup (?:-r \S+ )?(?:--?quiet )?([a-z][^|;)]*)", line.partition(" #")[0]):

@@ -50,6 +50,9 @@ def test_metrics(running: Running) -> None:
     assert 'route="/snapshots/{snapshot}",status="200"} 1.0' in text
     assert 'route="none",status="404"} 1.0' in text
     assert snapshot.id not in text
+    running.local().remove([snapshot])
+    refresh(served, running.server.metrics)
+    assert "vm/100" not in get(running, "/metrics").data.decode()
 
 
 def test_metrics_are_for_this_machine(running: Running) -> None:

@@ -42,6 +42,7 @@ def scheduled(
     """
     scheduler = BackgroundScheduler(timezone=zone)
     for name, served in repositories.items():
+        metrics.remember(name, reversed(served.jobs.all()))
         served.jobs.listeners.append(partial(_ended, notifier, metrics))
         for task in served.jobs.tasks.values():
             if task.cron is not None:
