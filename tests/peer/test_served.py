@@ -15,6 +15,7 @@ from casbackup.block.guard import Guarded
 from casbackup.errors import BlobDamaged, ServerUnreachable
 from casbackup.limits import SEGMENT_BYTES
 from casbackup.peer.disk import fetch_nodes
+from casbackup.peer.local import LocalPeer
 from casbackup.peer.segmentmap import SegmentMap
 from casbackup.peer.served import ReadPool, ServedSnapshot
 from casbackup.repository.gc import execute_gc, plan_gc
@@ -95,11 +96,10 @@ def test_who_reads_at_random_gets_only_that(stored: Stored, disk: Guarded) -> No
 
 
 def chunks_of(stored: Stored, segment: int) -> set[bytes]:
-    before = list(stored.peer.fetched)
+    """Told by a peer of its own: what is asked meanwhile in the background must be counted."""
+    peer = LocalPeer(stored.peer.repository)
     disk = stored.snapshot.manifest.disks[0]
-    found = SegmentMap(disk, lambda ids: fetch_nodes(stored.peer, ids)).at(segment).chunks()
-    stored.peer.fetched[:] = before
-    return set(found)
+    return set(SegmentMap(disk, lambda ids: fetch_nodes(peer, ids)).at(segment).chunks())
 
 
 def fetched_of(stored: Stored, segment: int) -> set[bytes]:
