@@ -468,7 +468,8 @@ def test_a_snapshot_that_is_forgotten_meanwhile(pair: Pair) -> None:
             pair.here.gc()
 
     here.before = forget
-    report = sync(here, pair.there.peer, SyncRequest())
+    with inline():
+        report = sync(here, pair.there.peer, SyncRequest())
     assert isinstance(report.failed[0].error, SnapshotNotFound)
     assert pair.there.ids == [second.id]
     pair.there.require_sound()
@@ -485,7 +486,8 @@ def test_a_snapshot_that_is_being_copied_stays(pair: Pair) -> None:
             pair.here.gc()
 
     here.before = forget
-    assert outcomes(sync(here, pair.there.peer, SyncRequest())) == ["copied"]
+    with inline():
+        assert outcomes(sync(here, pair.there.peer, SyncRequest())) == ["copied"]
     pair.there.require_sound()
     pair.here.gc()
     assert list(pair.here.repository.store.storage.list()) == []
@@ -595,7 +597,8 @@ def test_gc_goes_on_and_on_at_the_destination(pair: Pair) -> None:
     pair.require_equal()
 
 
-def test_a_destination_that_forgot_what_it_vouched_for_is_asked_anew(pair: Pair) -> None:
+@pytest.mark.parametrize("moment", ["send", "adopt"])
+def test_a_destination_that_forgot_what_it_vouched_for_is_asked_anew(pair: Pair, moment: str) -> None:
     """As after the restart of a server: the session is resumed, and a gc came in between."""
     history(pair.here, 1)
     pair.sync()
@@ -609,7 +612,7 @@ def test_a_destination_that_forgot_what_it_vouched_for_is_asked_anew(pair: Pair)
         session = opened(*owner)  # type: ignore[arg-type]
 
         def before(what: str) -> None:
-            if what == "send" and not restarts:
+            if what == moment and not restarts:
                 restarts.append(what)
                 session._session.park()
                 pair.there.gc()
