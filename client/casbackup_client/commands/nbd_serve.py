@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casbackup.errors import CasbackupError, Interrupted, UsageError
+from casbackup.errors import Interrupted, UsageError
 from casbackup_client.app import App
 from casbackup_client.caching import cache_option, parse_cache
 from casbackup_client.nbd import NbdFlags, nbd_options, qemu_blockdev, started, uri, wait_for_signal
@@ -190,6 +190,7 @@ def _save(app: App, peer: Peer, base: Snapshot, vm: VmName, overlays: Mapping[Di
     from casbackup.jobs.save import SaveRequest, save_changes
     from casbackup_client.commands.backup import host, program, summary
     from casbackup_client.documenting import snapshot_document
+    from casbackup_client.failures import as_failure
     from casbackup_client.signals import signals_raise
 
     request = SaveRequest(base, app.namespace, vm, host=host(), program=program())
@@ -200,9 +201,10 @@ def _save(app: App, peer: Peer, base: Snapshot, vm: VmName, overlays: Mapping[Di
             break
         except Interrupted:
             raise
-        except CasbackupError as error:
-            app.output.complain(f"{vm} could not be saved: {error.message}")
-            app.output.complain("what was written is still there: SIGTERM tries again, SIGQUIT gives it up")
+        except Exception as error:  # noqa: BLE001  whatever it was, it must not end the process
+            failure = as_failure(error)
         with signals_raise(), contextlib.suppress(Interrupted):
+            app.output.complain(f"{vm} could not be saved: {failure.message}")
+            app.output.complain("what was written is still there: SIGTERM tries again, SIGQUIT gives it up")
             wait_for_signal()
     app.output.result({"snapshot": snapshot_document(snapshot)}, lambda: summary(snapshot), essential=False)
