@@ -8,9 +8,12 @@
      |   +- RepositoryReadOnly, RepositoryBusy, RepositoryFull, NetworkFileSystem, ConfigDamaged
      |   +- IndexMissing, IndexDamaged, IndexIncomplete, IndexFull
      +- SessionError
-     |   +- SessionNotFound, SessionBusy, ClosureViolation
+     |   +- SessionNotFound, SessionBusy, ClosureViolation, CommitOutdated
      +- SnapshotError
-     |   +- SnapshotNotFound, SnapshotAmbiguous, SnapshotPinned, SnapshotConflict, ManifestDamaged
+     |   +- SnapshotNotFound, SnapshotAmbiguous, SnapshotPinned, SnapshotConflict, ManifestDamaged,
+     |   +- ManifestForged, SnapshotRolledBack
+     +- EncryptionError       the key for something encrypted is missing, wrong or cannot be used
+     |   +- KeyMissing, KeyMismatch, KeyFileDamaged, KeyExists, PassphraseNeeded, PassphraseWrong
      +- SyncIncomplete        some snapshots could not be copied
      +- DataDamage            stored bytes are not what they should be
      |   +- BlobMissing, BlobDamaged, PackDamaged, NodeInvalid, DamageFound, RestoreIncomplete
@@ -76,7 +79,7 @@ EXIT_STATUS_MEANING: dict[ExitStatus, str] = {
     ExitStatus.NO_SPACE: "no space left",
     ExitStatus.NO_REPOSITORY: "there is no repository at that place",
     ExitStatus.BUSY: "somebody else is using it in a way that excludes this",
-    ExitStatus.NO_KEY: "reserved: the key for this repository is missing or wrong",
+    ExitStatus.NO_KEY: "the key for this repository is missing or wrong",
     ExitStatus.FORMAT: "the repository has a format that this version cannot use",
     ExitStatus.NO_SNAPSHOT: "no such snapshot, or several match",
     ExitStatus.INTERRUPTED: "stopped by a signal",
@@ -281,6 +284,14 @@ class ClosureViolation(SessionError):
     advice = "This is a fault of the sending program; please report it."
 
 
+class CommitOutdated(SessionError):
+    """Another snapshot of the VM was made while this one was sealed."""
+
+    code = "commit-outdated"
+    retryable = True
+    advice = "Run the backup again; `--resume` sends nothing twice."
+
+
 class SnapshotError(CasbackupError):
     """Something is wrong with a snapshot reference or its manifest."""
 
@@ -324,6 +335,73 @@ class ManifestDamaged(SnapshotError):
     code = "manifest-damaged"
     exit_status = ExitStatus.DAMAGED
     advice = "Restore the file from a copy of the repository; the other snapshots are not affected."
+
+
+class ManifestForged(ManifestDamaged):
+    """A snapshot's manifest was not made by anybody who has the repository's key, or was changed since."""
+
+    code = "manifest-forged"
+    advice = "Do not trust this snapshot. Find out who can write to the repository; other snapshots are not affected."
+
+
+class SnapshotRolledBack(SnapshotError):
+    """The newest snapshot that this client has seen of a VM is gone, and no newer one is there."""
+
+    code = "snapshot-rolled-back"
+    exit_status = ExitStatus.DAMAGED
+    advice = (
+        "If somebody forgot it on purpose, name the snapshot that you want by its time or id; "
+        "otherwise find out who put the repository back to an older state."
+    )
+
+
+class EncryptionError(CasbackupError):
+    """A key is missing, wrong or cannot be used."""
+
+    code = "encryption"
+    exit_status = ExitStatus.NO_KEY
+
+
+class KeyMissing(EncryptionError):
+    """The key that is needed is not in the key folder; the message names its fingerprint."""
+
+    code = "key-missing"
+    advice = "Bring it with `casbackup key import`, from a copy, a recovery sheet or the repository itself."
+
+
+class KeyMismatch(EncryptionError):
+    """Two repositories do not have the same key, or a key is not that of the repository."""
+
+    code = "key-mismatch"
+    advice = "Use the key that the message names; `casbackup sync --rekey` copies between repositories of two keys."
+
+
+class KeyFileDamaged(EncryptionError):
+    """A key file, or a recovery sheet, is not understood."""
+
+    code = "key-file-damaged"
+    advice = "Use another copy of the key: a backup of the file, the recovery sheet, or the copy in the repository."
+
+
+class KeyExists(EncryptionError):
+    """There is a key file in that place already."""
+
+    code = "key-exists"
+    advice = "A key is never overwritten: move the file away first if it is not needed any more."
+
+
+class PassphraseNeeded(EncryptionError):
+    """A key is wrapped by a passphrase, and there is nobody to ask for it."""
+
+    code = "passphrase-needed"
+    advice = "Set CASBACKUP_PASSPHRASE_FILE or CASBACKUP_PASSPHRASE_COMMAND, or run it on a terminal."
+
+
+class PassphraseWrong(EncryptionError):
+    """The passphrase, or the identity, does not open the key."""
+
+    code = "passphrase-wrong"
+    advice = "Try again; the fingerprint in the message says which key it is."
 
 
 class SyncIncomplete(CasbackupError):

@@ -53,6 +53,8 @@ class RepositoryConfig:
     chunker: ChunkerConfig = field(default_factory=ChunkerConfig)
     compression_level: int = 2
     pack_bytes: int = PACK_BYTES
+    key_fingerprint: str = ""
+    """Of the master key if the repository is encrypted; only then is it written."""
 
     def __post_init__(self) -> None:
         _require_types(self)
@@ -62,6 +64,12 @@ class RepositoryConfig:
             raise ValueError(f"compression level {self.compression_level} is out of range")
         if not 2**20 <= self.pack_bytes <= 2**30:
             raise ValueError(f"a pack size of {self.pack_bytes} bytes is out of range")
+        if not re.fullmatch("(|[0-9a-f]{32})", self.key_fingerprint):
+            raise ValueError(f"key fingerprint {self.key_fingerprint!r} has not 32 hexadecimal digits")
+
+    @property
+    def encrypted(self) -> bool:
+        return bool(self.key_fingerprint)
 
 
 def _require_types(config: ChunkerConfig | RepositoryConfig) -> None:
@@ -74,7 +82,10 @@ def _require_types(config: ChunkerConfig | RepositoryConfig) -> None:
 
 
 def encode_config(config: RepositoryConfig) -> bytes:
-    return json.dumps({"casbackup": "repository", **asdict(config)}, indent=2).encode() + b"\n"
+    content = {"casbackup": "repository", **asdict(config)}
+    if not config.encrypted:
+        del content["key_fingerprint"]
+    return json.dumps(content, indent=2).encode() + b"\n"
 
 
 def decode_config(data: bytes, origin: str) -> RepositoryConfig:
