@@ -115,7 +115,8 @@ def serve(operations: SnapshotFiles, folder: str, *, allow_other: bool) -> None:
     if allow_other:
         options["allow_other"] = True
     if (mfusepy.fuse_version_major, mfusepy.fuse_version_minor) >= (3, 12):
-        options["max_threads"] = _THREADS  # its default is taken for a mistake by some releases, which say so
+        # Some releases take their own defaults for mistakes, and say so.
+        options |= {"max_threads": _THREADS, "max_idle_threads": _THREADS}
     with _signals_end_libfuse():
         try:
             _Fuse(operations, folder, foreground=True, **options)

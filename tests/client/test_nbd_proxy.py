@@ -1,0 +1,138 @@
+"""Disks served to a VM by ``nbd-proxy``, and backed up at one instant while it writes."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from casbackup.block.device import read_bytes
+from casbackup.block.nbd.client import NbdClient
+
+from .conftest import Casbackup, MiB
+from .serving import document_of, ended
+
+Start = Callable[..., subprocess.Popen[bytes]]
+SIZE = 6 * MiB
+BLOCK = 4096
+
+
+def write_number(number: int) -> tuple[int, bytes]:
+    """Where write ``number`` goes on disk ``number % 2``, and its data."""
+    block = (number * 0x9E3779B1 & 0xFFFFFFFF) % (SIZE // BLOCK)
+    return block * BLOCK, (number + 1).to_bytes(8, "big") * (BLOCK // 8)
+
+
+def check_one_instant(first: bytes, second: bytes) -> None:
+    """Both disks are as the same number of writes left them."""
+    count = max(int.from_bytes(disk[at : at + 8], "big") for disk in (first, second) for at in range(0, SIZE, BLOCK))
+    expected = [bytearray(SIZE), bytearray(SIZE)]
+    for number in range(count):
+        offset, data = write_number(number)
+        expected[number % 2][offset : offset + BLOCK] = data
+    assert count > 100 and [first, second] == expected
+
+
+class Guest:
+    """Writes blocks to two disks in turn, as fast as it can."""
+
+    def __init__(self, uris: list[str]) -> None:
+        self._disks = [NbdClient.connect(uri) for uri in uris]
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._many = threading.Event()
+        self.errors: list[Exception] = []
+
+    def __enter__(self) -> Guest:
+        self._thread.start()
+        assert self._many.wait(20)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        for disk in self._disks:
+            disk.close()
+
+    def _run(self) -> None:
+        number = 0
+        while not self._over.is_set() and not self.errors:
+            try:
+                self._disks[number % 2].write(*write_number(number))
+            except Exception as error:
+                self.errors.append(error)
+            number += 1
+            if number == 200:
+                self._many.set()
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder whose path is short enough for sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="cb-"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_backups_while_a_guest_writes(cb: Casbackup, start: Start, short: Path) -> None:
+    for name in ("root.raw", "data.raw"):
+        (cb.folder / name).write_bytes(bytes(SIZE))
+    disks = [cb.folder / "root.raw", f"scsi1={cb.folder / 'data.raw'}"]
+    process = start("nbd-proxy", *disks, "--listen", f"unix:{short}/proxy", "--scratch-folder", short, "--json")
+    exports = document_of(process)["exports"]
+    assert [(e["disk"], e["size_bytes"]) for e in exports] == [("root", SIZE), ("scsi1", SIZE)]
+    sources = [f"{export['disk']}={export['snapshot_uri']}" for export in exports]
+    with Guest([export["uri"] for export in exports]) as guest:
+        for _ in range(2):
+            cb.ok("backup", "vm/100", *sources, "-q")
+            check_one_instant(cb.ok("dump", "vm/100", "root").out, cb.ok("dump", "vm/100", "scsi1").out)
+    assert not guest.errors
+    assert ended(process) == (0, "", "")
+    check_one_instant((cb.folder / "root.raw").read_bytes(), (cb.folder / "data.raw").read_bytes())
+
+
+def test_too_little_scratch_space_breaks_the_backup_and_not_the_guest(cb: Casbackup, start: Start, short: Path) -> None:
+    (cb.folder / "disk.raw").write_bytes(b"a" * SIZE)
+    options = ["--listen", f"unix:{short}/proxy", "--scratch-folder", short, "--scratch-limit", "128KiB"]
+    process = start("nbd-proxy", cb.folder / "disk.raw", *options, "--json")
+    (export,) = document_of(process)["exports"]
+    with NbdClient.connect(export["uri"]) as guest, NbdClient.connect(export["snapshot_uri"]):
+        for number in range(3):
+            guest.write(number * 128 * 1024, b"b" * BLOCK)
+        error = cb.fails(5, "backup", "vm/100", f"disk={export['snapshot_uri']}")
+        assert error["code"] == "nbd-request-failed" and "131072" in error["message"]
+        assert read_bytes(guest, 2 * 128 * 1024, BLOCK) == b"b" * BLOCK
+    assert cb.json("snapshots")["snapshots"] == []
+    assert ended(process)[0] == 0
+
+
+def test_a_disk_in_use_is_not_served_again(cb: Casbackup, start: Start, short: Path) -> None:
+    disk = cb.disk()
+    process = start("nbd-proxy", disk, "--listen", f"unix:{short}/proxy", "--json")
+    document_of(process)
+    assert cb.fails(6, "nbd-proxy", disk)["code"] == "target-unsuitable"
+    assert ended(process)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "arguments"),
+    [
+        (5, "source-not-found", ["missing.raw"]),
+        (2, "usage", ["nbd://localhost/x"]),
+        (2, "duplicate-disk", ["a=vm.raw", "a=vm.raw"]),
+        (2, "invalid-name", ["...raw"]),
+        (2, "invalid-value", ["vm.raw", "--scratch-limit", "much"]),
+        (6, "target-unwritable", ["vm.raw", "--scratch-folder", "/nowhere"]),
+    ],
+)
+def test_bad_input(
+    bare: Casbackup, monkeypatch: pytest.MonkeyPatch, status: int, code: str, arguments: list[str]
+) -> None:
+    bare.disk()
+    monkeypatch.chdir(bare.folder)
+    assert bare.fails(status, "nbd-proxy", *arguments)["code"] == code
