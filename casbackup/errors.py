@@ -10,10 +10,10 @@
      +- SessionError
      |   +- SessionNotFound, SessionBusy, ClosureViolation, CommitOutdated
      +- SnapshotError
-     |   +- SnapshotNotFound, SnapshotAmbiguous, SnapshotPinned, SnapshotConflict, ManifestDamaged,
+     |   +- SnapshotNotFound, SnapshotAmbiguous, SnapshotPinned, SnapshotConflict, VmStateMissing, ManifestDamaged,
      |   +- ManifestForged, SnapshotRolledBack
      +- EncryptionError       the key for something encrypted is missing, wrong or cannot be used
-     |   +- KeyMissing, KeyMismatch, KeyFileDamaged, KeyExists, PassphraseNeeded, PassphraseWrong
+     |   +- KeyMissing, KeyMismatch, KeyFileDamaged, KeyExists, KeyExposed, PassphraseNeeded, PassphraseWrong
      +- SyncIncomplete        some snapshots could not be copied
      +- DataDamage            stored bytes are not what they should be
      |   +- BlobMissing, BlobDamaged, PackDamaged, NodeInvalid, DamageFound, RestoreIncomplete
@@ -32,7 +32,7 @@
      |   +- ServerJobFailed
      +- LiveBackupError       a backup beside a running guest
      |   +- BackupBroken, GuestWriteRefused, SinkLost, BackupJobFailed, BackupJobNotFound, LiveBackupBusy,
-     |   +- LiveUnsupported, DiskUnknown
+     |   +- LiveUnsupported, DiskUnknown, VmStateUnsupported, VmStateFailed
      |   +- QmpError, QmpUnreachable, QmpLost, QmpTimeout, QmpProtocolError, QmpCommandFailed
      |   +- GuestAgentError, GuestAgentUnavailable, GuestAgentFailed
      +- Interrupted
@@ -329,6 +329,13 @@ class SnapshotConflict(SnapshotError):
     advice = "Both are as they were. To copy the other one, forget the one that is in its place."
 
 
+class VmStateMissing(SnapshotError):
+    """The snapshot has disks, but not the memory of the VM."""
+
+    code = "vm-state-missing"
+    advice = "Restore the disks and boot from them; `backup --qmp SOCKET --with-vmstate` makes snapshots with memory."
+
+
 class ManifestDamaged(SnapshotError):
     """A snapshot's manifest file is damaged."""
 
@@ -388,6 +395,13 @@ class KeyExists(EncryptionError):
 
     code = "key-exists"
     advice = "A key is never overwritten: move the file away first if it is not needed any more."
+
+
+class KeyExposed(EncryptionError):
+    """Others than its owner can read or change a key file."""
+
+    code = "key-exposed"
+    advice = "Take their rights away: chmod 600 for the file, 700 for its folder. Think of who may have read it."
 
 
 class PassphraseNeeded(EncryptionError):
@@ -830,6 +844,22 @@ class DiskUnknown(LiveBackupError):
     code = "disk-unknown"
     exit_status = ExitStatus.USAGE
     advice = "The message lists the disks that the VM has."
+
+
+class VmStateUnsupported(LiveBackupError):
+    """The memory of this VM cannot be saved, or not in the way that was asked for."""
+
+    code = "vm-state-unsupported"
+    exit_status = ExitStatus.USAGE
+    advice = "See docs/how-to/vm-state.md for what QEMU and its host must be able to do; or leave the memory out."
+
+
+class VmStateFailed(LiveBackupError):
+    """QEMU did not manage to save the memory of the VM."""
+
+    code = "vm-state-failed"
+    retryable = True
+    advice = "The message is QEMU's own. The guest goes on, and no snapshot was made."
 
 
 class QmpError(LiveBackupError):

@@ -17,13 +17,19 @@ class Features:
     """``blockdev-backup`` takes ``x-perf``: workers and chunk size (6.0)."""
     on_cbw_error: bool = False
     """``blockdev-backup`` takes ``on-cbw-error``: a failed target breaks the backup, not the guest (10.1)."""
+    set_active: bool = False
+    """``blockdev-set-active``: disks that a migration has given away can be taken back (10.0)."""
 
 
 def detect(qmp: QmpClient) -> Features:
     """Read ``query-qmp-schema``. Errors as ``QmpClient.execute``."""
     schema = _Schema(qmp.execute("query-qmp-schema"))
     backup = schema.members(schema.argument("blockdev-backup"))
-    return Features(backup_perf="x-perf" in backup, on_cbw_error="on-cbw-error" in backup)
+    return Features(
+        backup_perf="x-perf" in backup,
+        on_cbw_error="on-cbw-error" in backup,
+        set_active=schema.has("blockdev-set-active"),
+    )
 
 
 class _Schema:
@@ -31,6 +37,9 @@ class _Schema:
 
     def __init__(self, entries: list[dict[str, Any]]) -> None:
         self._entries: Mapping[str, dict[str, Any]] = {entry["name"]: entry for entry in entries}
+
+    def has(self, command: str) -> bool:
+        return command in self._entries
 
     def argument(self, command: str) -> str:
         return str(self._entries.get(command, {}).get("arg-type", ""))

@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from casbackup.block.device import Closing
@@ -89,8 +89,15 @@ class QmpClient(Closing):
             raise
         return client
 
-    def execute(self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float = TIMEOUT_S) -> Any:
-        """Run a command and return what it returns.
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        fds: Sequence[int] = (),
+    ) -> Any:
+        """Run a command and return what it returns. ``fds``: open files that go with it.
 
         :raise QmpCommandFailed: when QEMU refuses. :raise QmpTimeout: when it does not answer in time.
         :raise QmpLost: when the connection has ended.
@@ -103,11 +110,15 @@ class QmpClient(Closing):
             self._next_id += 1
             self._answers[number] = None
         try:
-            self._send(request)
+            self._send(request, fds)
             return _result(command, self._answer(number, command, timeout_s))
         finally:
             with self._changed:
                 self._answers.pop(number, None)
+
+    def pass_fd(self, name: str, fd: int) -> None:
+        """Give QEMU a copy of an open file, by which it can be told to use it under ``name``. Errors as ``execute``."""
+        self.execute("getfd", {"fdname": name}, fds=[fd])
 
     def wait_event(self, timeout_s: float) -> Event | None:
         """The oldest event that nobody took yet; None when none came in time.
@@ -146,10 +157,12 @@ class QmpClient(Closing):
         except (KeyError, TypeError) as error:
             raise QmpProtocolError(f"{self.path} does not greet like a QMP monitor") from error
 
-    def _send(self, request: Mapping[str, Any]) -> None:
+    def _send(self, request: Mapping[str, Any], fds: Sequence[int]) -> None:
+        data = json.dumps(request).encode() + b"\n"
         try:
             with self._sending:
-                self._stream.sendall(json.dumps(request).encode() + b"\n")
+                sent = socket.send_fds(self._stream, [data], fds) if fds else 0
+                self._stream.sendall(data[sent:])
         except OSError as error:
             raise QmpLost(f"{self.path}: the connection to QEMU is lost: {error.strerror or error}") from error
 
