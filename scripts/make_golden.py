@@ -36,7 +36,7 @@ import zstandard
 
 from casbackup.block.memory import MemoryDevice
 from casbackup.clock import format_time, parse_time
-from casbackup.codec.records import encode_blob
+from casbackup.codec.codec import PLAIN
 from casbackup.ids import ZERO_ID, BlobId, DiskName, Namespace, VmName
 from casbackup.jobs.backup import BackupRequest, DiskInput, backup
 from casbackup.jobs.segments import DeviceSegments
@@ -199,7 +199,7 @@ def _extent(session: Session, new: bytes | int) -> Extent:
 
 
 def _store(session: Session, kind: BlobKind, plain: bytes) -> BlobId:
-    record = encode_blob(kind, plain, level=2)
+    record = PLAIN.encode_blob(kind, plain, level=2)
     session.send([record])
     return record.id
 

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from casbackup.block.rawfile import RawFile
 from casbackup.chunking.block_sample import BlockSampleChunker
-from casbackup.codec.hashing import CHUNK_KEY, blob_id
-from casbackup.codec.records import encode_record
+from casbackup.codec.codec import PLAIN
+from casbackup.codec.hashing import PUBLIC_KEYS
 from casbackup.ids import BlobId
 from casbackup.jobs.segments import DeviceSegments
 from casbackup.limits import SEGMENT_BYTES
@@ -54,7 +54,7 @@ class Outcome:
     def add(self, kind: BlobKind, identity: BlobId, plain: memoryview | bytes) -> None:
         for number, level in enumerate(self.levels):
             started_s = time.process_time()
-            record = encode_record(kind, identity, plain, level)
+            record = PLAIN.encode(kind, identity, plain, level)
             self.compress_s[number] += time.process_time() - started_s
             self.stored_bytes[number] += record.total_bytes + INDEX_BYTES
 
@@ -90,14 +90,14 @@ def _store(chunker: BlockSampleChunker, buffer: bytearray, length: int, known: s
             extents.append(zero_extent(span.length))
             continue
         plain = view[span.offset : span.offset + span.length]
-        chunk = BlobId(blake3(plain, key=CHUNK_KEY).digest())
+        chunk = BlobId(blake3(plain, key=PUBLIC_KEYS.chunk).digest())
         extents.append(Extent(span.length, 0, chunk))
         if chunk not in known:
             known.add(chunk)
             outcome.chunks += 1
             outcome.add(BlobKind.CHUNK, chunk, plain)
     node = leaf_bytes(extents)
-    if node is not None and (leaf := blob_id(BlobKind.NODE, node)) not in known:
+    if node is not None and (leaf := PUBLIC_KEYS.id(BlobKind.NODE, node)) not in known:
         known.add(leaf)
         outcome.nodes += 1
         outcome.add(BlobKind.NODE, leaf, node)

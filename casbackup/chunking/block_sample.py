@@ -7,17 +7,22 @@ with a step, and XOR and OR of the slices are big-integer operations, so a 4 MiB
 no numpy, whose import alone would take as long as finding nothing new on a gigabyte (figures:
 ``docs/decisions/0002-chunker.md``).
 
+In an encrypted repository anybody who holds it sees how long chunks are, and that must tell nothing about the bytes:
+there the 16 bytes go through AES under a secret key, and the fingerprint is a byte of the result.
+
 Runs of all-zero blocks become zero spans; the OR of the same samples finds candidates, a memcmp confirms them.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from blake3 import blake3
 
 from casbackup.buffers import ByteBuffer
+from casbackup.fs import Buffer
 from casbackup.limits import BLOCK_BYTES, SEGMENT_BYTES
 from casbackup.spec.config import ChunkerConfig
 
@@ -38,7 +43,9 @@ class Span(NamedTuple):
 class BlockSampleChunker:
     """Immutable after construction, so any number of threads may share it."""
 
-    def __init__(self, config: ChunkerConfig) -> None:
+    def __init__(self, config: ChunkerConfig, scramble: Callable[[Buffer], bytes] | None = None) -> None:
+        """``scramble`` encrypts each 16 bytes by themselves; it must be safe from several threads."""
+        self._scramble = scramble
         self._min = config.min_blocks
         self._max = config.max_blocks
         self._zero_run = re.compile(b"\\0{%d,}" % config.zero_run_blocks)
@@ -67,12 +74,14 @@ class BlockSampleChunker:
 
     def _fingerprints(self, data: ByteBuffer | bytes, blocks: int) -> tuple[bytes, bytes]:
         """Per block: 1 where a chunk may end; 0 where the block may be all zero."""
+        planes = [data[offset::BLOCK_BYTES] for offset in _SAMPLE_OFFSETS]
         mixed = union = 0
-        for offset in _SAMPLE_OFFSETS:
-            plane = int.from_bytes(data[offset::BLOCK_BYTES], "little")
-            mixed ^= plane
-            union |= plane
-        return mixed.to_bytes(blocks, "little").translate(self._cut_table), union.to_bytes(blocks, "little")
+        for plane in planes:
+            number = int.from_bytes(plane, "little")
+            mixed ^= number
+            union |= number
+        marks = mixed.to_bytes(blocks, "little") if self._scramble is None else _scrambled(planes, self._scramble)
+        return marks.translate(self._cut_table), union.to_bytes(blocks, "little")
 
     def _zero_runs(self, data: ByteBuffer | bytes, may_be_zero: bytes) -> list[tuple[int, int]]:
         """Runs of at least ``zero_run_blocks`` blocks that really are zero, as block numbers [start, end)."""
@@ -105,6 +114,14 @@ class BlockSampleChunker:
             stop = latest if found < 0 else found + 1
             spans.append(Span(start * BLOCK_BYTES, (stop - start) * BLOCK_BYTES, False))
             start = stop
+
+
+def _scrambled(planes: Sequence[ByteBuffer | bytes], scramble: Callable[[Buffer], bytes]) -> bytes:
+    """One byte a block, which depends on all 16 of its samples and the key."""
+    samples = bytearray(len(planes[0]) * _SAMPLES)
+    for number, plane in enumerate(planes):
+        samples[number::_SAMPLES] = plane
+    return scramble(samples)[::_SAMPLES]
 
 
 def _cut_table(cuts_in_256: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Blob to record and back. Compression contexts are kept one per thread (they are not thread-safe)."""
+"""Frames and records as such. Compression contexts are kept one per thread (they are not thread-safe)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from casbackup.codec.hashing import blob_id, record_checksum
+from casbackup.codec.hashing import record_checksum
 from casbackup.errors import BlobDamaged
 from casbackup.fs import Buffer
 from casbackup.ids import BlobId
 from casbackup.limits import MAX_BLOB_BYTES
-from casbackup.spec.record import CHECKED_BYTES, FLAG_ZSTD, HEADER_BYTES, BlobKind, Record, pack_checked, parse_header
+from casbackup.spec.record import CHECKED_BYTES, FLAG_ZSTD, HEADER_BYTES, Record, pack_checked, parse_header
 
 if TYPE_CHECKING:
     import zstandard
@@ -46,37 +46,51 @@ class _Contexts(threading.local):
 _contexts = _Contexts()
 
 
-def encode_record(kind: int, identity: BlobId, plain: Buffer, level: int) -> Record:
-    """The record of a blob whose id is known. ``plain`` is not kept: an incompressible payload is copied."""
-    return _record(kind, identity, plain, _contexts.compressor(level).compress(plain))
+def compressed(plains: Sequence[Buffer], level: int) -> list[Buffer]:
+    """A zstd frame of each, made in one call without the GIL.
 
-
-def encode_records(kind: int, blobs: Sequence[tuple[BlobId, Buffer]], level: int) -> list[Record]:
-    """``encode_record`` for many blobs at once: all are compressed in one call, without the GIL.
-
-    The payloads share memory: it is free once none of the records is in use.
+    The frames share memory: it is free once none of them is in use.
     """
-    if not blobs:
-        return []
-    frames = _contexts.compressor(level).multi_compress_to_buffer([plain for _, plain in blobs])
-    return [
-        # Segments are buffers, though their type does not say so.
-        _record(kind, identity, plain, memoryview(cast("bytes", frames[number])))
-        for number, (identity, plain) in enumerate(blobs)
-    ]
+    if len(plains) == 1:
+        return [_contexts.compressor(level).compress(plains[0])]
+    frames = _contexts.compressor(level).multi_compress_to_buffer(list(plains))
+    # Segments are buffers, though their type does not say so.
+    return [memoryview(cast("bytes", frames[number])) for number in range(len(plains))]
 
 
-def _record(kind: int, identity: BlobId, plain: Buffer, frame: Buffer) -> Record:
-    payload, flags, plain_length = frame, FLAG_ZSTD, len(plain)
-    if len(payload) + _SMALLEST_GAIN > plain_length:
-        payload, flags = bytes(plain), 0
+def smaller(plain: Buffer, frame: Buffer) -> tuple[Buffer, int]:
+    """What to store of a blob and its frame, and the flags that say which. ``plain`` itself is not kept."""
+    if len(frame) + _SMALLEST_GAIN > len(plain):
+        return bytes(plain), 0
+    return frame, FLAG_ZSTD
+
+
+def decompressed(identity: BlobId, plain_length: int, payload: Buffer, flags: int) -> Buffer:
+    """The blob of ``plain_length`` bytes that ``payload`` holds, as ``flags`` say. Not verified against the id.
+
+    :raise BlobDamaged: when it has another length, or none.
+    """
+    if plain_length > MAX_BLOB_BYTES:
+        raise BlobDamaged(f"blob {identity.hex()[:16]} claims {plain_length} bytes")
+    if flags & FLAG_ZSTD:
+        import zstandard  # noqa: PLC0415
+
+        try:
+            # A damaged frame may claim any size, and zstandard would believe it.
+            if zstandard.frame_content_size(payload) != plain_length:
+                raise BlobDamaged(f"the frame of blob {identity.hex()[:16]} states another length")
+            payload = _contexts.decompress(payload, plain_length)
+        except zstandard.ZstdError as error:
+            raise BlobDamaged(f"blob {identity.hex()[:16]} does not decompress: {error}") from error
+    if len(payload) != plain_length:
+        raise BlobDamaged(f"the bytes of blob {identity.hex()[:16]} are not as many as it says")
+    return payload
+
+
+def make_record(identity: BlobId, kind: int, flags: int, plain_length: int, payload: Buffer) -> Record:
+    """The record with this payload, its checksum computed here."""
     checked = pack_checked(kind, flags, len(payload), plain_length, identity)
     return Record(identity, kind, flags, plain_length, checked + record_checksum(checked, payload), payload)
-
-
-def encode_blob(kind: BlobKind, plain: Buffer, level: int) -> Record:
-    """The record of a blob, its id computed here."""
-    return encode_record(kind, blob_id(kind, plain), plain, level)
 
 
 def parse_record(data: Buffer, *, at: str) -> Record:
@@ -94,63 +108,19 @@ def parse_record(data: Buffer, *, at: str) -> Record:
     return Record(header.id, header.kind, header.flags, header.plain_length, bytes(view[:HEADER_BYTES]), payload)
 
 
-def is_sound(
-    data: bytes, start: int, kind: int, flags: int, stored_length: int, plain_length: int, identity: BlobId
-) -> bool:
-    """Is the record at ``start`` of ``data`` the one described, its checksum right, and its content that of its id?
+def require_checksum(record: Record) -> None:
+    """:raise BlobDamaged: when the record's checksum is not right."""
+    if record_checksum(record.header, record.payload) != record.header[CHECKED_BYTES:]:
+        raise BlobDamaged(f"the record of blob {record.id.hex()[:16]} fails its checksum")
 
-    The quick way to a yes. Why not, ``parse_record`` and ``decode_record`` say.
-    """
+
+def intact_payload(
+    data: bytes, start: int, kind: int, flags: int, stored_length: int, plain_length: int, identity: BlobId
+) -> bytes | None:
+    """The payload of the record at ``start`` of ``data`` if it is the one described, its checksum right."""
     checked = pack_checked(kind, flags, stored_length, plain_length, identity)
     end = start + HEADER_BYTES
     if data[start : start + CHECKED_BYTES] != checked:
-        return False
+        return None
     payload = data[end : end + stored_length]
-    if record_checksum(checked, payload) != data[start + CHECKED_BYTES : end]:
-        return False
-    try:
-        decode_payload(identity, kind, flags, plain_length, payload)
-    except BlobDamaged:
-        return False
-    return True
-
-
-def decode_payload(identity: BlobId, kind: int, flags: int, plain_length: int, payload: Buffer) -> Buffer:
-    """The plain bytes, verified against the id, which covers everything: no other check is needed for content.
-
-    :raise BlobDamaged: when the payload does not decode to bytes of that id.
-    """
-    if plain_length > MAX_BLOB_BYTES:
-        raise BlobDamaged(f"blob {identity.hex()[:16]} claims {plain_length} bytes")
-    plain = payload
-    if flags & FLAG_ZSTD:
-        import zstandard  # noqa: PLC0415
-
-        try:
-            # A damaged frame may claim any size, and zstandard would believe it.
-            if zstandard.frame_content_size(payload) != plain_length:
-                raise BlobDamaged(f"the frame of blob {identity.hex()[:16]} states another length")
-            plain = _contexts.decompress(payload, plain_length)
-        except zstandard.ZstdError as error:
-            raise BlobDamaged(f"blob {identity.hex()[:16]} does not decompress: {error}") from error
-    if len(plain) != plain_length or blob_id(kind, plain) != identity:
-        raise BlobDamaged(f"the bytes of blob {identity.hex()[:16]} do not have that id")
-    return plain
-
-
-def decode_record(record: Record) -> Buffer:
-    """The plain bytes of a record, verified against its id.
-
-    :raise BlobDamaged: when they do not have it.
-    """
-    return decode_payload(record.id, record.kind, record.flags, record.plain_length, record.payload)
-
-
-def verified_plain(record: Record) -> Buffer:
-    """The plain bytes of a record that shall be stored as it is, for which its checksum must be right as well.
-
-    :raise BlobDamaged: when it is not, or when the bytes do not have the id.
-    """
-    if record_checksum(record.header, record.payload) != record.header[CHECKED_BYTES:]:
-        raise BlobDamaged(f"the record of blob {record.id.hex()[:16]} fails its checksum")
-    return decode_record(record)
+    return payload if record_checksum(checked, payload) == data[start + CHECKED_BYTES : end] else None

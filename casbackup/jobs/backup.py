@@ -122,7 +122,7 @@ class _Backup:
         self._request = request
         self._progress = progress
         self._clock = clock
-        self._store = SegmentStore(session, peer.config, progress)
+        self._store = SegmentStore(session, peer.config, peer.codec, progress)
 
     def run(self, time_ms: int) -> Snapshot:
         request = self._request

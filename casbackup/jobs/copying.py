@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from casbackup.codec.records import verified_plain
+from casbackup.codec.codec import Codec
+from casbackup.codec.records import require_checksum
 from casbackup.errors import BlobMissing, DataDamage, NodeInvalid
 from casbackup.ids import ZERO_ID, BlobId
 from casbackup.jobs.ratelimit import NO_LIMIT, RateLimit
@@ -97,6 +98,9 @@ def wanted_of(manifest: Manifest) -> list[Wanted]:
 
 class Source(Protocol):
     """Where records come from."""
+
+    @property
+    def codec(self) -> Codec: ...
 
     def fetch(self, ids: Sequence[BlobId]) -> Iterator[Fetched]:
         """As ``Peer.fetch``."""
@@ -304,7 +308,8 @@ class Copier:
         for parcel, answer in self._fetched(batch):
             try:
                 record = _fitting(parcel, answer)
-                node = checked_node(verified_plain(record), parcel.level)
+                require_checksum(record)
+                node = checked_node(self._source.codec.decode(record), parcel.level)
             except DataDamage as damage:
                 parcel.losses.append(damage)
                 lost.append(parcel)
@@ -334,7 +339,7 @@ class Copier:
         for parcel, answer in self._fetched(batch):
             try:
                 record = _fitting(parcel, answer)
-                verified_plain(record)
+                self._source.codec.verify(record)
             except DataDamage as damage:
                 parcel.losses.append(damage)
             else:

@@ -278,7 +278,7 @@ class _Export:
             else:
                 ids.append(chunk)
         for chunk, record in self._peer.fetch(ids) if ids else ():
-            plain = verified(record)
+            plain = verified(self._peer.codec, record)
             if isinstance(plain, DataDamage):
                 raise plain
             for start, extent in window.places[chunk]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from casbackup.codec.records import verified_plain
 from casbackup.errors import DataDamage
 from casbackup.ids import ZERO_ID, BlobId
 from casbackup.jobs.copying import Copier, Tally, Wanted, wanted_of
@@ -84,11 +83,12 @@ class _Either:
         self._own = own
         self._partner = partner
         self._report = report
+        self.codec = own.codec
 
     def fetch(self, ids: Sequence[BlobId]) -> Iterator[Fetched]:
         lost: list[BlobId] = []
         for blob_id, record in self._own.fetch(ids):
-            if _is_sound(record):
+            if self._is_sound(record):
                 yield blob_id, record
             else:
                 lost.append(blob_id)
@@ -98,12 +98,11 @@ class _Either:
                 self._report.fetched_bytes += record.total_bytes
             yield blob_id, record
 
-
-def _is_sound(record: Record | DataDamage) -> bool:
-    if isinstance(record, DataDamage):
-        return False
-    try:
-        verified_plain(record)
-    except DataDamage:
-        return False
-    return True
+    def _is_sound(self, record: Record | DataDamage) -> bool:
+        if isinstance(record, DataDamage):
+            return False
+        try:
+            self.codec.verify(record)
+        except DataDamage:
+            return False
+        return True

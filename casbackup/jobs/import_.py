@@ -136,7 +136,7 @@ class _Import:
         self._request = request
         self._progress = progress
         self._clock = clock
-        self._store = SegmentStore(session, peer.config, progress)
+        self._store = SegmentStore(session, peer.config, peer.codec, progress)
         self._sizes = [disk.size_bytes for disk in self._head.disks]
         self._builders = [TreeBuilder() for _ in self._head.disks]
         self._damage: ArchiveDamaged | None = None

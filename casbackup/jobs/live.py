@@ -136,7 +136,7 @@ class _LiveBackup:
         self._report = report
         self._progress = progress
         self._clock = clock or SystemClock()
-        self._store = SegmentStore(session, peer.config, progress)
+        self._store = SegmentStore(session, peer.config, peer.codec, progress)
         self._cache = BlobCache(peer)
         self._target = bitmaps.target_of(peer.config.repository_id, request.namespace, request.vm)
 
@@ -148,7 +148,7 @@ class _LiveBackup:
         except _BitmapLied as lie:
             self._report(f"{lie}: everything is read")
             plans = [_Plan(plan.disk, BasedOn(None, str(lie), lost=True), None) for plan in plans]
-            self._store = SegmentStore(self._session, self._peer.config, self._progress)
+            self._store = SegmentStore(self._session, self._peer.config, self._peer.codec, self._progress)
             token, time_ms, instant, disks = self._attempt(plans)
         try:
             snapshot = self._commit(plans, disks, instant, token, time_ms, started_s)
@@ -199,7 +199,7 @@ class _LiveBackup:
         based = [number for number, plan in enumerate(plans) if plan.base is not None]
         if not self._request.verify_share or not based:
             return None
-        check = SpotCheck(self._request.verify_share, self._cache)
+        check = SpotCheck(self._request.verify_share, self._cache, self._peer.codec.ids)
         with readable(self._machine.qmp, [plans[number].disk for number in based]) as devices:
             for number, device in zip(based, devices, strict=True):
                 base = self._tree(plans[number].base)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from casbackup.block.device import BlockDevice
 from casbackup.buffers import aligned_buffer
-from casbackup.codec.hashing import blob_id
+from casbackup.codec.hashing import IdKeys
 from casbackup.errors import DataDamage, SnapshotNotFound
 from casbackup.fs import Buffer
 from casbackup.ids import BlobId
@@ -139,7 +139,7 @@ class _Restore:
             else:
                 places.setdefault(extent.id, []).append((offset, extent))
         for chunk, record in self._peer.fetch(list(places)) if places else ():
-            plain = verified(record)
+            plain = verified(self._peer.codec, record)
             for offset, extent in places[chunk]:
                 if isinstance(plain, DataDamage):
                     self._lose(offset, extent.length, plain)
@@ -157,7 +157,7 @@ class _Restore:
         different: list[tuple[int, Extent]] = []
         for offset, extent in _placed(segment):
             start = offset - segment.offset
-            if _holds(present[start : start + extent.length], extent):
+            if _holds(present[start : start + extent.length], extent, self._peer.codec.ids):
                 self._count(unchanged_bytes=extent.length)
             elif extent.is_zero:
                 self._write_zeros(offset, extent.length)
@@ -213,8 +213,8 @@ def _placed(segment: Segment) -> Iterator[tuple[int, Extent]]:
         offset += extent.length
 
 
-def _holds(present: memoryview, extent: Extent) -> bool:
+def _holds(present: memoryview, extent: Extent, ids: IdKeys) -> bool:
     """Does the target hold these bytes already? A slice of a chunk cannot be told by hash and counts as different."""
     if extent.is_zero:
         return present == _ZEROS[: extent.length]
-    return extent.skip == 0 and blob_id(BlobKind.CHUNK, present) == extent.id
+    return extent.skip == 0 and ids.id(BlobKind.CHUNK, present) == extent.id

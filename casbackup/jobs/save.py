@@ -78,7 +78,7 @@ class _Save:
         self._request = request
         self._progress = progress
         self._clock = clock
-        self._store = SegmentStore(session, peer.config, progress)
+        self._store = SegmentStore(session, peer.config, peer.codec, progress)
         self._cache = BlobCache(peer)
 
     def run(self, overlays: Mapping[DiskName, Overlay]) -> Snapshot:

@@ -14,8 +14,7 @@ from blake3 import blake3
 
 from casbackup.buffers import ByteBuffer
 from casbackup.chunking.block_sample import BlockSampleChunker, Span
-from casbackup.codec.hashing import CHUNK_KEY, blob_id
-from casbackup.codec.records import encode_blob, encode_record, encode_records
+from casbackup.codec.codec import Codec
 from casbackup.ids import ZERO_ID, BlobId
 from casbackup.jobs.segments import Filled
 from casbackup.peer.api import PeerSession
@@ -31,11 +30,13 @@ from casbackup.tree.builder import leaf_bytes
 class SegmentStore:
     """Safe from several threads. ``done_bytes``: bytes of disks that are accounted for."""
 
-    def __init__(self, session: PeerSession, config: RepositoryConfig, progress: Progress) -> None:
+    def __init__(self, session: PeerSession, config: RepositoryConfig, codec: Codec, progress: Progress) -> None:
         self._session = session
+        self._codec = codec
+        self._ids = codec.ids
         self._progress = progress
         self._level = config.compression_level
-        self._chunker = BlockSampleChunker(config.chunker)
+        self._chunker = BlockSampleChunker(config.chunker, codec.scramble)
         self._lock = threading.Lock()
         self._read_bytes = self._zero_bytes = 0
         self._new_bytes = self._new_stored_bytes = self._new_chunks = 0
@@ -44,12 +45,12 @@ class SegmentStore:
     def segment(self, buffer: ByteBuffer, view: memoryview, filled: Filled) -> BlobId:
         """Store one segment, which ``buffer`` holds and ``view`` shows; returns its leaf's id."""
         spans = self._chunker.spans(buffer, filled.length)
-        extents = _extents(view, spans)
+        extents = _extents(view, spans, self._ids.chunk)
         node = leaf_bytes(extents)
         if node is None:
             self._count(filled, zero_bytes=filled.length)
             return ZERO_ID
-        leaf = blob_id(BlobKind.NODE, node)
+        leaf = self._ids.id(BlobKind.NODE, node)
         zero_bytes = sum(s.length for s in spans if s.is_zero)
         self._count(filled, zero_bytes)
         places = _places(spans, extents)
@@ -62,7 +63,7 @@ class SegmentStore:
     def part(self, buffer: ByteBuffer, view: memoryview, filled: Filled) -> list[Extent]:
         """Store the chunks of a part of a segment, cut on its own; ``leaf`` comes when all parts are stored."""
         spans = self._chunker.spans(buffer, filled.length)
-        extents = _extents(view, spans)
+        extents = _extents(view, spans, self._ids.chunk)
         zero_bytes = sum(s.length for s in spans if s.is_zero)
         self._count(filled, zero_bytes)
         places = _places(spans, extents)
@@ -76,7 +77,7 @@ class SegmentStore:
 
     def nodes(self, nodes: Sequence[bytes]) -> list[BlobId]:
         """Store nodes whose children are stored; returns their ids. What the tree builder asks for."""
-        ids = [blob_id(BlobKind.NODE, node) for node in nodes]
+        ids = [self._ids.id(BlobKind.NODE, node) for node in nodes]
         missing = self._session.missing(list(dict.fromkeys(ids)))
         for identity, node in zip(ids, nodes, strict=True):
             if identity in missing:
@@ -84,7 +85,7 @@ class SegmentStore:
         return ids
 
     def config(self, name: str, content: bytes) -> ConfigRecord:
-        record = encode_blob(BlobKind.CONFIG, content, self._level)
+        record = self._codec.encode_blob(BlobKind.CONFIG, content, self._level)
         if self._session.missing([record.id]):
             self._session.send_soon([record], self._count_stored)
         return ConfigRecord(name, len(content), record.id)
@@ -126,11 +127,11 @@ class SegmentStore:
             self._progress.advance(reused=content)
             return
         blobs = [(chunk, view[s.offset : s.offset + s.length]) for chunk, s in wanted.items()]
-        records = encode_records(BlobKind.CHUNK, blobs, self._level)
+        records = self._codec.encode_all(BlobKind.CHUNK, blobs, self._level)
         self._session.send_soon(records, lambda stored: self._count_new(stored, content))
 
     def _send_node(self, node: BlobId, plain: bytes) -> None:
-        self._session.send_soon([encode_record(BlobKind.NODE, node, plain, self._level)], self._count_stored)
+        self._session.send_soon([self._codec.encode(BlobKind.NODE, node, plain, self._level)], self._count_stored)
 
     def _count(self, filled: Filled, zero_bytes: int) -> None:
         with self._lock:
@@ -157,10 +158,10 @@ def _places(spans: Sequence[Span], extents: Sequence[Extent]) -> dict[BlobId, Sp
     return {e.id: s for s, e in zip(spans, extents, strict=True) if not s.is_zero}
 
 
-def _extents(view: memoryview, spans: Sequence[Span]) -> list[Extent]:
+def _extents(view: memoryview, spans: Sequence[Span], key: bytes) -> list[Extent]:
     return [
         zero_extent(s.length)
         if s.is_zero
-        else Extent(s.length, 0, BlobId(blake3(view[s.offset : s.offset + s.length], key=CHUNK_KEY).digest()))
+        else Extent(s.length, 0, BlobId(blake3(view[s.offset : s.offset + s.length], key=key).digest()))
         for s in spans
     ]

@@ -11,15 +11,14 @@ import math
 import random
 from typing import NamedTuple
 
-from blake3 import blake3
-
 from casbackup.block.device import BlockDevice
-from casbackup.codec.hashing import CHUNK_KEY
+from casbackup.codec.hashing import IdKeys
 from casbackup.errors import DataDamage
 from casbackup.formats.coverage import Coverage
 from casbackup.limits import BLOCK_BYTES, SEGMENT_BYTES
 from casbackup.peer.disk import BlobCache
 from casbackup.spec.node import Extent
+from casbackup.spec.record import BlobKind
 from casbackup.tree.reader import DiskTree
 from casbackup.units import MiB
 
@@ -38,10 +37,11 @@ class _Difference(NamedTuple):
 class SpotCheck:
     """``sample`` before the point in time, ``contradiction`` when the increment is here."""
 
-    def __init__(self, share: float, cache: BlobCache, rng: random.Random | None = None) -> None:
+    def __init__(self, share: float, cache: BlobCache, ids: IdKeys, rng: random.Random | None = None) -> None:
         """``share``: of each disk that is sampled, 0 to 1."""
         self._share = share
         self._cache = cache
+        self._ids = ids
         self._rng = rng or random.SystemRandom()
         self._differences: list[_Difference] = []
         self._differing_bytes = 0
@@ -79,7 +79,7 @@ class SpotCheck:
     def _is_stored(self, data: memoryview, extent: Extent) -> bool:
         if extent.is_zero:
             return data == bytes(extent.length)
-        return blake3(data, key=CHUNK_KEY).digest() == extent.id or data == self._stored(extent)
+        return self._ids.id(BlobKind.CHUNK, data) == extent.id or data == self._stored(extent)
 
     def _stored(self, extent: Extent) -> memoryview:
         """:raise DataDamage: when it is lost."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from casbackup.codec.codec import Codec
 from casbackup.errors import ManifestDamaged
 from casbackup.ids import BlobId, Namespace, SessionId, VmName
 from casbackup.peer.usage import UsageReport
@@ -89,6 +90,10 @@ class Peer(Protocol):
 
     @property
     def config(self) -> RepositoryConfig: ...
+
+    @property
+    def codec(self) -> Codec:
+        """How its blobs are made and read."""
 
     def open_session(self, namespace: Namespace, vm: VmName) -> PeerSession: ...
 

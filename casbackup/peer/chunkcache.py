@@ -71,7 +71,7 @@ class ChunkCache:
     def _fetch(self, ids: Sequence[BlobId], found: dict[BlobId, Buffer | DataDamage]) -> None:
         try:
             for blob_id, record in self._peer.fetch(ids):
-                plain = found[blob_id] = verified(record)
+                plain = found[blob_id] = verified(self._peer.codec, record)
                 self._arrived(blob_id, plain)
         finally:
             with self._changed:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 
 from casbackup.block.device import Capabilities, Closing, Extent, merged
-from casbackup.codec.records import decode_record
+from casbackup.codec.codec import Codec
 from casbackup.errors import DataDamage, TargetUnwritable
 from casbackup.fs import Buffer
 from casbackup.ids import BlobId
@@ -23,15 +23,15 @@ _CACHE_BYTES = 64 * MiB
 
 def fetch_nodes(peer: Peer, ids: Sequence[BlobId]) -> Mapping[BlobId, Buffer | DataDamage]:
     """Verified plain bytes of blobs, or the error in their place."""
-    return {blob_id: verified(record) for blob_id, record in peer.fetch(ids)}
+    return {blob_id: verified(peer.codec, record) for blob_id, record in peer.fetch(ids)}
 
 
-def verified(record: Record | DataDamage) -> Buffer | DataDamage:
+def verified(codec: Codec, record: Record | DataDamage) -> Buffer | DataDamage:
     """The plain bytes of a fetched record, or why they cannot be had."""
     if isinstance(record, DataDamage):
         return record
     try:
-        return decode_record(record)
+        return codec.decode(record)
     except DataDamage as damage:
         return damage
 

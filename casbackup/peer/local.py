@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 
+from casbackup.codec.codec import Codec
 from casbackup.errors import ManifestDamaged
 from casbackup.ids import BlobId, Namespace, SessionId, VmName
 from casbackup.peer.usage import UsageReport, usage_of
@@ -24,6 +25,10 @@ class LocalPeer:
     @property
     def config(self) -> RepositoryConfig:
         return self.repository.config
+
+    @property
+    def codec(self) -> Codec:
+        return self.repository.codec
 
     def open_session(self, namespace: Namespace, vm: VmName) -> Session:
         self.repository.require_writable()

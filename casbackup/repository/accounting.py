@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from casbackup.codec.records import decode_record
 from casbackup.errors import DataDamage
 from casbackup.fs import Buffer
 from casbackup.ids import ZERO_ID, BlobId, Namespace, SnapshotId, VmName
@@ -266,7 +265,7 @@ def outlines(repository: Repository, nodes: Sequence[BlobId]) -> dict[BlobId, by
 def _made(repository: Repository, record: Record | DataDamage) -> bytes:
     if isinstance(record, DataDamage):
         raise record
-    decoded = decode_node(decode_record(record))
+    decoded = decode_node(repository.codec.decode(record))
     record_bytes = record.total_bytes
     if isinstance(decoded, Inner):
         return spec.encode_inner_outline(record_bytes, spec.distinct_children(decoded))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from casbackup.codec.records import decode_record
 from casbackup.errors import DataDamage
 from casbackup.ids import ZERO_ID, BlobId, DiskName
 from casbackup.limits import INDEX_BATCH_ENTRIES
@@ -133,7 +132,7 @@ class DamageMap:
             try:
                 if isinstance(record, DataDamage) or node in self._damaged:
                     raise DataDamage
-                self._nodes[node] = decode_node(decode_record(record))
+                self._nodes[node] = decode_node(self._repository.codec.decode(record))
             except DataDamage:
                 self._nodes[node] = None
 

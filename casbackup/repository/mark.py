@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from casbackup.codec.records import decode_record
 from casbackup.errors import DataDamage
 from casbackup.fs import Buffer
 from casbackup.ids import ZERO_ID, BlobId
@@ -49,7 +48,7 @@ def mark(
 ) -> Marks:
     """Mark ``roots`` (tree nodes) with all below them, and ``others`` by themselves.
 
-    A node's bytes are verified against its id. One that cannot be read is listed; what is below it is marked as its
+    A node's bytes are verified. One that cannot be read is listed; what is below it is marked as its
     outline says, if the index has one: the node may come back, from a copy or a later backup, and then all below it
     must be there.
     ``visited`` hears how many nodes each step visited.
@@ -69,7 +68,7 @@ def mark(
             try:
                 if isinstance(record, DataDamage):
                     raise record
-                frontier += _visit(decode_record(record), collected)
+                frontier += _visit(store.codec.decode(record), collected)
             except DataDamage as damage:
                 result.unreadable[node] = damage
                 frontier += _below_lost(store, node, collected)

@@ -15,7 +15,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 
-from casbackup.codec.records import decode_record
+from casbackup.codec.codec import codec_without_key
 from casbackup.errors import ConfigDamaged, DataDamage, PackDamaged
 from casbackup.fs import FileSystem, RealFileSystem, translated, write_durably
 from casbackup.ids import ZERO_ID, BlobId
@@ -88,18 +88,18 @@ def _fill(fs: FileSystem, layout: Layout, config: RepositoryConfig, report: Rebu
             _add_pack(index, storage, info, report)
             progress.advance(done=info.size_bytes)
         progress.finish()
-        _distrust_incomplete(index, storage)
+        _distrust_incomplete(BlobStore(index, storage, codec_without_key(config.key_fingerprint)))
     finally:
         index.close()
 
 
-def _distrust_incomplete(index: Index, storage: FolderPackStorage) -> None:
+def _distrust_incomplete(store: BlobStore) -> None:
     """Mark as suspect each tree node that lacks something below it.
 
     Packs keep records that gc has removed from the index until it rewrites them, so a node may have come back whose
     chunks have not. ``missing`` must not vouch for such a node: a backup would leave out what is below it.
     """
-    store = BlobStore(index, storage)
+    index = store.index
     table = read_index(index)
     nodes = table.ids_where(table.values["kind"] == BlobKind.NODE)
     sound: set[BlobId] = set()
@@ -110,7 +110,7 @@ def _distrust_incomplete(index: Index, storage: FolderPackStorage) -> None:
             try:
                 if isinstance(record, DataDamage):
                     raise record
-                decoded = decode_node(decode_record(record))
+                decoded = decode_node(store.codec.decode(record))
             except DataDamage:
                 continue
             if isinstance(decoded, Inner):

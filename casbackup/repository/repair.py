@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from casbackup.codec.records import decode_record, parse_record
+from casbackup.codec.records import parse_record
 from casbackup.errors import DataDamage, PackDamaged
 from casbackup.ids import BlobId, PackId
 from casbackup.progress import NoProgress, Progress
@@ -89,7 +89,7 @@ def _is_sound(repository: Repository, pack: PackId, offset: int, stored_length: 
     try:
         data = repository.store.storage.read(pack, offset, HEADER_BYTES + stored_length)
         record = parse_record(data, at=f"{pack}:{offset}")
-        decode_record(record)
+        repository.codec.verify_content(record)
     except (DataDamage, OSError, KeyError):
         return False
     return record.id == blob_id

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from casbackup.clock import Clock, SystemClock, format_time
+from casbackup.codec.codec import codec_without_key
 from casbackup.errors import (
     CasbackupError,
     MigrationNeeded,
@@ -59,7 +60,8 @@ class Repository:
         self.fs = fs
         self.clock = clock
         self.read_only = index.read_only
-        self.store = BlobStore(index, storage)
+        self.codec = codec_without_key(config.key_fingerprint)
+        self.store = BlobStore(index, storage, self.codec)
         self.catalog = Catalog(fs, layout, index)
         self.sessions = Sessions(self)
         self._lock = lock
@@ -72,10 +74,13 @@ class Repository:
         *,
         chunker: ChunkerConfig | None = None,
         compression_level: int | None = None,
+        key_fingerprint: str = "",
         fs: FileSystem | None = None,
         clock: Clock | None = None,
     ) -> Repository:
         """Make a repository in a new or empty folder. config.json comes last, so a half-made one is not taken for one.
+
+        ``key_fingerprint``: of the master key that encrypts it; empty: it is not encrypted.
 
         :raise RepositoryExists: when there is one, or any other file.
         :raise RepositoryBusy: when somebody else is making one there at the same time.
@@ -89,7 +94,7 @@ class Repository:
             raise RepositoryExists(f"{layout.root} is not empty")
         if any(True for _ in FolderPackStorage(fs, layout.packs).list()):
             raise RepositoryExists(f"{layout.root} holds packs of a repository whose config.json is missing")
-        config = RepositoryConfig(new_repository_id(), format_time(clock.now_ms()))
+        config = RepositoryConfig(new_repository_id(), format_time(clock.now_ms()), key_fingerprint=key_fingerprint)
         if chunker is not None:
             config = _with(config, chunker=chunker)
         if compression_level is not None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from casbackup.codec.records import decode_record, is_sound, parse_record
+from casbackup.codec.records import parse_record
 from casbackup.errors import BlobDamaged, DataDamage, PackDamaged
 from casbackup.ids import ID_BYTES, BlobId
 from casbackup.progress import Progress
@@ -106,7 +106,7 @@ class Scrubber:
         sound: list[BlobId] = []
         sound_bytes = 0
         for place in run:
-            if _is_sound(data, start, place) or self._is_sound_alone(pack, place):
+            if self._is_sound(data, start, place) or self._is_sound_alone(pack, place):
                 sound.append(place.id)
                 sound_bytes += HEADER_BYTES + place.entry.stored_length
         self._progress.advance(done=end - start)
@@ -118,6 +118,13 @@ class Scrubber:
         if full:
             self._note()
 
+    def _is_sound(self, data: bytes, start: int, place: _Place) -> bool:
+        """Is the blob sound in ``data``, which begins at byte ``start`` of its pack?"""
+        entry = place.entry
+        return self._repository.codec.is_sound(
+            data, entry.offset - start, entry.kind, entry.flags, entry.stored_length, entry.plain_length, place.id
+        )
+
     def _is_sound_alone(self, pack: PackRow | None, place: _Place) -> bool:
         """Read a blob by itself (its neighbours may have spoilt the run) and note what is wrong with it.
 
@@ -125,7 +132,7 @@ class Scrubber:
         """
         offset = place.entry.offset
         data = self._read(pack, offset, place.end - offset)
-        if data is not None and _is_sound(data, offset, place):
+        if data is not None and self._is_sound(data, offset, place):
             return True
         problem = "cannot be read" if data is None or pack is None else self._problem(pack, place, data)
         now = self._repository.store.entries([place.id]).get(place.id)
@@ -140,7 +147,7 @@ class Scrubber:
             record = parse_record(data, at=f"{pack.pack}:{offset}")
             if record.id != place.id:
                 raise BlobDamaged(f"another blob, {record.id.hex()[:16]}, is in its place")
-            decode_record(record)
+            self._repository.codec.verify_content(record)
         except DataDamage as error:
             return str(error)
         return f"the header of its record at {pack.pack}:{offset} is not as the index says"
@@ -169,11 +176,3 @@ class Scrubber:
                     txn.put(blob_id, verified_at(value, now_s), db=blobs)
 
         self._repository.index.write(stamp)
-
-
-def _is_sound(data: bytes, start: int, place: _Place) -> bool:
-    """Is the blob sound in ``data``, which begins at byte ``start`` of its pack?"""
-    entry = place.entry
-    return is_sound(
-        data, entry.offset - start, entry.kind, entry.flags, entry.stored_length, entry.plain_length, place.id
-    )

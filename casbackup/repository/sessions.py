@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgpack
 
-from casbackup.codec.records import decode_record
 from casbackup.errors import CasbackupError, ClosureViolation, SessionBusy, SessionNotFound, SnapshotNotFound
 from casbackup.fs import FileLock, translated, write_durably
 from casbackup.ids import ZERO_ID, BlobId, Namespace, SessionId, VmName, new_session_id
@@ -410,7 +409,7 @@ class Session:
         """Check that a node names only blobs that are stored or pending, and slices within them; its outline for
         accounting.
         """
-        node = decode_node(decode_record(record))
+        node = decode_node(self._repository.codec.decode(record))
         if isinstance(node, Inner):
             children = distinct_children(node)
             self._require(dict.fromkeys(children, 0), BlobKind.NODE)

@@ -5,7 +5,7 @@ Header, 64 bytes, little-endian (``docs/spec/pack.md``):
     off len field
       0   4 magic
       4   1 kind            1 chunk, 2 tree node, 3 config
-      5   1 flags           bit 0: payload is a zstd frame
+      5   1 flags           bit 0: the blob is a zstd frame; bit 1: what is stored is sealed
       6   2 reserved        zero
       8   4 stored_length   bytes of the payload that follows
      12   4 plain_length    bytes of the blob once decoded
@@ -29,7 +29,8 @@ ID_AT = 16
 """Where the id stands in the header."""
 CHECKSUM_BYTES = 16
 FLAG_ZSTD = 0x01
-KNOWN_FLAGS = FLAG_ZSTD
+FLAG_SEALED = 0x02
+KNOWN_FLAGS = FLAG_ZSTD | FLAG_SEALED
 
 _CHECKED = Struct("<4sBBHII32s")
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from casbackup.codec.records import decode_record
+from casbackup.codec.codec import Codec
 from casbackup.errors import BlobDamaged, BlobMissing, DataDamage, PackDamaged
 from casbackup.fs import Buffer
 from casbackup.ids import BlobId, PackId
@@ -48,9 +48,10 @@ class Location(NamedTuple):
 class BlobStore:
     """Packs and their index as one thing. Reading is safe from any number of threads."""
 
-    def __init__(self, index: Index, storage: PackStorage) -> None:
+    def __init__(self, index: Index, storage: PackStorage, codec: Codec) -> None:
         self.index = index
         self.storage = storage
+        self.codec = codec
         self._pack_ids: dict[int, PackId] = {}
         self._lock = threading.Lock()
 
@@ -100,7 +101,7 @@ class BlobStore:
         for blob_id, record in self.fetch(ids):
             if isinstance(record, DataDamage):
                 raise record
-            result[blob_id] = decode_record(record)
+            result[blob_id] = self.codec.decode(record)
         return result
 
     def pack_id(self, txn: Transaction, number: int) -> PackId | None:

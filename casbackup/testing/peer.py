@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 
-from casbackup.codec.records import decode_record, encode_blob
+from casbackup.codec.codec import PLAIN
 from casbackup.errors import (
     BlobMissing,
     ClosureViolation,
@@ -248,7 +249,7 @@ class PeerConformance:
     def check_a_commit_without_its_config_is_refused(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            config = ConfigRecord("qemu.conf", 3, encode_blob(BlobKind.CONFIG, b"abc", _LEVEL).id)
+            config = ConfigRecord("qemu.conf", 3, PLAIN.encode_blob(BlobKind.CONFIG, b"abc", _LEVEL).id)
             assert _raises(ClosureViolation, lambda: session.commit(_manifest([], configs=(config,))))
             session.abort()
 
@@ -282,7 +283,7 @@ class PeerConformance:
     def check_everything_in_a_manifest_comes_back(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            config = encode_blob(BlobKind.CONFIG, b"name: \xff\0web\n", _LEVEL)
+            config = PLAIN.encode_blob(BlobKind.CONFIG, b"name: \xff\0web\n", _LEVEL)
             session.send([config])
             draft = Manifest(
                 Namespace("acme/prod"),
@@ -407,7 +408,7 @@ class PeerConformance:
             session = _session(peer)
             draft = _foreign(_manifest([("a", 4096, chunk(b"never sent").id)]))
             assert _raises(ClosureViolation, lambda: session.adopt(encode_manifest(draft)[0]))
-            config = ConfigRecord("qemu.conf", 3, encode_blob(BlobKind.CONFIG, b"abc", _LEVEL).id)
+            config = ConfigRecord("qemu.conf", 3, PLAIN.encode_blob(BlobKind.CONFIG, b"abc", _LEVEL).id)
             draft = _foreign(_manifest([], configs=(config,)))
             assert _raises(ClosureViolation, lambda: session.adopt(encode_manifest(draft)[0]))
             assert peer.snapshots() == []
@@ -507,7 +508,7 @@ class PeerConformance:
             unknown = chunk(b"unknown").id
             found = dict(peer.fetch([*plain, unknown]))
             assert isinstance(found.pop(unknown), BlobMissing)
-            assert {i: bytes(decode_record(r)) for i, r in found.items() if isinstance(r, Record)} == plain
+            assert {i: bytes(PLAIN.decode(r)) for i, r in found.items() if isinstance(r, Record)} == plain
             assert list(peer.fetch([])) == []
             session.abort()
 
@@ -521,14 +522,14 @@ class PeerConformance:
 
 
 def chunk(plain: bytes) -> Record:
-    return encode_blob(BlobKind.CHUNK, plain, _LEVEL)
+    return PLAIN.encode_blob(BlobKind.CHUNK, plain, _LEVEL)
 
 
 def leaf(extents: Sequence[Extent], span: int | None = None) -> Record:
     """The leaf of these extents; with ``span``, only of their first bytes."""
     if span is not None:
         extents = [extents[0]._replace(length=span)]
-    return encode_blob(BlobKind.NODE, encode_leaf(extents), _LEVEL)
+    return PLAIN.encode_blob(BlobKind.NODE, encode_leaf(extents), _LEVEL)
 
 
 def full_leaf(record: Record) -> Record:
@@ -537,7 +538,7 @@ def full_leaf(record: Record) -> Record:
 
 
 def inner(level: int, children: Sequence[BlobId]) -> Record:
-    return encode_blob(BlobKind.NODE, encode_inner(level, children), _LEVEL)
+    return PLAIN.encode_blob(BlobKind.NODE, encode_inner(level, children), _LEVEL)
 
 
 def stored_disk(session: PeerSession, content: bytes, **fields: object) -> Manifest:
@@ -586,7 +587,7 @@ def _fetched(peer: Peer, records: Sequence[Record]) -> list[tuple[BlobId, Record
 
 
 def _fetched_plain(peer: Peer, ids: Sequence[BlobId]) -> list[tuple[BlobId, bytes]]:
-    return [(i, bytes(decode_record(r))) for i, r in peer.fetch(ids) if isinstance(r, Record)]
+    return [(i, bytes(PLAIN.decode(r))) for i, r in peer.fetch(ids) if isinstance(r, Record)]
 
 
 def _raises(kind: type[Exception], action: Callable[[], object]) -> bool:

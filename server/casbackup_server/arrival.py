@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from casbackup.codec.records import decode_record, parse_record
+from casbackup.codec.codec import Codec
+from casbackup.codec.records import parse_record
 from casbackup.errors import InvalidName, RequestRefused, ServerProtocolError, UsageError
 from casbackup.ids import parse_config_name, parse_label
 from casbackup.limits import (
@@ -23,9 +24,9 @@ _MAX_TEXT_BYTES = 4096
 """Of a disk's source, a host, a program."""
 
 
-def verified_records(data: bytearray) -> list[Record]:
-    """The records of a request, which keep its memory. Checksums are right, and ids are those of the plain bytes; of
-    tree nodes the session sees to that.
+def verified_records(data: bytearray, codec: Codec) -> list[Record]:
+    """The records of a request, which keep its memory. Checksums are right, and ids are those of the plain bytes unless
+    these are sealed; of tree nodes the session sees to that.
 
     :raise ServerProtocolError: when they are not records. :raise BlobDamaged: when one is not what it says.
     """
@@ -33,7 +34,7 @@ def verified_records(data: bytearray) -> list[Record]:
     for number, frame in enumerate(parse_frames(data)):
         record = parse_record(frame, at=f"place {number} of the request")
         if record.kind != BlobKind.NODE:
-            decode_record(record)
+            codec.verify_content(record)
         records.append(record)
     if len(records) > MAX_QUESTION_IDS:
         raise RequestRefused(f"more than {MAX_QUESTION_IDS} records in one request")

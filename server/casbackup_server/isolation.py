@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from casbackup.codec.records import decode_record
+from casbackup.codec.codec import Codec
 from casbackup.errors import ClosureViolation
 from casbackup.ids import ZERO_ID, BlobId
 from casbackup.repository.catalog import Snapshot
@@ -29,8 +29,9 @@ _RECENT = 50_000
 class OwnBlobs:
     """A set of blobs that grows. Safe from several threads."""
 
-    def __init__(self, prefixes: Prefixes) -> None:
-        """``prefixes``: sorted."""
+    def __init__(self, prefixes: Prefixes, codec: Codec) -> None:
+        """``prefixes``: sorted. ``codec``: how the repository's blobs are read."""
+        self._codec = codec
         self._sorted = prefixes
         self._recent: set[bytes] = set()
         self._lock = threading.Lock()
@@ -58,7 +59,7 @@ class OwnBlobs:
         before: set[BlobId] = set()
         for record in records:
             if record.kind == BlobKind.NODE:
-                self._require([child for child in _children(record) if child not in before])
+                self._require([child for child in self._children(record) if child not in before])
             before.add(record.id)
 
     def check_manifest(self, draft: Manifest) -> None:
@@ -70,14 +71,13 @@ class OwnBlobs:
         for blob_id in self.strangers(ids):
             raise ClosureViolation(f"blob {blob_id.hex()[:16]} is not stored")
 
+    def _children(self, record: Record) -> list[BlobId]:
+        """:raise DataDamage: when it is no node."""
+        node = decode_node(self._codec.decode(record))
+        ids = node.children if isinstance(node, Inner) else [extent.id for extent in node.extents]
+        return [blob_id for blob_id in dict.fromkeys(ids) if blob_id != ZERO_ID]
+
 
 def own_blobs(repository: Repository, snapshots: Sequence[Snapshot]) -> OwnBlobs:
     """All blobs of these snapshots."""
-    return OwnBlobs(mark(repository.store, roots_of(snapshots), configs_of(snapshots)).prefixes)
-
-
-def _children(record: Record) -> list[BlobId]:
-    """:raise DataDamage: when it is no node."""
-    node = decode_node(decode_record(record))
-    ids = node.children if isinstance(node, Inner) else [extent.id for extent in node.extents]
-    return [blob_id for blob_id in dict.fromkeys(ids) if blob_id != ZERO_ID]
+    return OwnBlobs(mark(repository.store, roots_of(snapshots), configs_of(snapshots)).prefixes, repository.codec)

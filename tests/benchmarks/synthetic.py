@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from casbackup.codec.records import encode_blob
+from casbackup.codec.codec import PLAIN
 from casbackup.fs import RealFileSystem
 from casbackup.ids import DEFAULT_NAMESPACE, ZERO_ID, BlobId, VmName, parse_disk, parse_vm
 from casbackup.limits import BLOCK_BYTES, SEGMENT_BYTES
@@ -216,10 +216,10 @@ class _DiskWriter:
 
     def _chunk(self) -> Record:
         plain = self._random.randbytes(self._shape.payload_bytes).ljust(BLOCK_BYTES, b"\0")
-        return encode_blob(BlobKind.CHUNK, plain, self._level)
+        return PLAIN.encode_blob(BlobKind.CHUNK, plain, self._level)
 
     def _store_nodes(self, nodes: Sequence[bytes]) -> list[BlobId]:
-        records = [encode_blob(BlobKind.NODE, node, self._level) for node in nodes]
+        records = [PLAIN.encode_blob(BlobKind.NODE, node, self._level) for node in nodes]
         missing = self._session.missing([record.id for record in records])
         self._session.send([record for record in records if record.id in missing])
         return [record.id for record in records]

@@ -19,8 +19,7 @@ from blake3 import blake3
 
 from casbackup import limits
 from casbackup.chunking import block_sample
-from casbackup.codec import hashing
-from casbackup.codec.records import encode_blob
+from casbackup.codec import codec, hashing
 from casbackup.formats.port import ArchiveDisk, ArchiveHead
 from casbackup.formats.qcow2 import layout as qcow2
 from casbackup.formats.stream.writer import StreamWriter
@@ -110,9 +109,9 @@ def test_every_table_is_compared() -> None:
 PLAIN = b"hello, casbackup\n"
 PACK = PackId("00112233445566778899aabbccddeeff")
 SESSION = SessionId("0123456789abcdef0123456789abcdef")
-CHUNK = encode_blob(record.BlobKind.CHUNK, PLAIN, 2)
+CHUNK = codec.PLAIN.encode_blob(record.BlobKind.CHUNK, PLAIN, 2)
 LEAF = node.encode_leaf([node.Extent(17, 0, CHUNK.id), node.zero_extent(4079)])
-LEAF_ID = hashing.blob_id(record.BlobKind.NODE, LEAF)
+LEAF_ID = hashing.PUBLIC_KEYS.id(record.BlobKind.NODE, LEAF)
 MANIFEST = manifest.Manifest(
     namespace=Namespace("default"),
     vm=VmName("vm/100"),
@@ -210,12 +209,12 @@ def hexdump(parts: list[Part]) -> str:
 
 def names_example() -> str:
     lines = [f"{'plain bytes':<12}{PLAIN!r}"]
-    lines += [f"{f'as {kind.name.lower()}':<12}{hashing.blob_id(kind, PLAIN).hex()}" for kind in record.BlobKind]
+    lines += [f"{f'as {kind.name.lower()}':<12}{hashing.PUBLIC_KEYS.id(kind, PLAIN).hex()}" for kind in record.BlobKind]
     return "\n".join(lines)
 
 
 def keys_example() -> str:
-    keys = (hashing.CHUNK_KEY, hashing.NODE_KEY, hashing.CONFIG_KEY)
+    keys = hashing.PUBLIC_KEYS
     return "\n".join(f"{name:<8}{key.hex()}" for name, key in zip(("chunk", "node", "config"), keys, strict=True))
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from casbackup.codec.records import encode_blob
+from casbackup.codec.codec import PLAIN
 from casbackup.errors import ClosureViolation
 from casbackup.ids import DEFAULT_NAMESPACE, VmName, parse_disk
 from casbackup.repository import gc
@@ -26,11 +26,11 @@ VM = VmName("vm/100")
 
 
 def chunk(size: int = 8192) -> Record:
-    return encode_blob(BlobKind.CHUNK, os.urandom(size), 2)
+    return PLAIN.encode_blob(BlobKind.CHUNK, os.urandom(size), 2)
 
 
 def leaf(*chunks: Record) -> Record:
-    return encode_blob(BlobKind.NODE, encode_leaf([Extent(c.plain_length, 0, c.id) for c in chunks]), 2)
+    return PLAIN.encode_blob(BlobKind.NODE, encode_leaf([Extent(c.plain_length, 0, c.id) for c in chunks]), 2)
 
 
 def opened(repository: Repository) -> Session:

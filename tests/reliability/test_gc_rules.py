@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from casbackup.codec.records import decode_record
+from casbackup.codec.codec import PLAIN
 from casbackup.errors import DataDamage
 from casbackup.ids import DEFAULT_NAMESPACE, BlobId
 from casbackup.peer.local import LocalPeer
@@ -252,7 +252,7 @@ def readable(repository: Repository, *ids: BlobId) -> bool:
     for _, record in LocalPeer(repository).fetch(list(ids)):
         if isinstance(record, DataDamage):
             return False
-        decode_record(record)
+        PLAIN.decode(record)
     return True
 
 
@@ -277,9 +277,9 @@ def test_a_reader_meets_a_repack(world: World) -> None:
 
     repository.store._locate = stale  # type: ignore[assignment,method-assign]
     assert (
-        {i: bytes(decode_record(r)) for i, r in repository.store.fetch([c.id for c in chunks[:2]])}
+        {i: bytes(PLAIN.decode(r)) for i, r in repository.store.fetch([c.id for c in chunks[:2]])}
         == {  # type: ignore[arg-type]
-            c.id: bytes(decode_record(c)) for c in chunks[:2]
+            c.id: bytes(PLAIN.decode(c)) for c in chunks[:2]
         }
     )
     del repository.store._locate

@@ -12,7 +12,7 @@ import pytest
 import urllib3
 
 from casbackup.clock import format_time
-from casbackup.codec.records import encode_blob
+from casbackup.codec.codec import PLAIN
 from casbackup.errors import RightMissing, SnapshotNotFound, TokenInvalid, TokenMissing
 from casbackup.ids import DEFAULT_NAMESPACE, VmName
 from casbackup.repository.catalog import Snapshot
@@ -44,7 +44,7 @@ class Call(NamedTuple):
 def with_config(running: Running, content: bytes) -> Snapshot:
     """A snapshot that has a disk and a config."""
     session = running.local().open_session(DEFAULT_NAMESPACE, VmName("vm/100"))
-    config = encode_blob(BlobKind.CONFIG, b"memory: 1\n", 3)
+    config = PLAIN.encode_blob(BlobKind.CONFIG, b"memory: 1\n", 3)
     session.send([config])
     draft = stored_disk(session, content)
     return session.commit(replace(draft, configs=(ConfigRecord("vm.conf", 10, config.id),)))

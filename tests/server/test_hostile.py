@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import urllib3
 
-from casbackup.codec.records import encode_blob
+from casbackup.codec.codec import PLAIN
 from casbackup.errors import BlobDamaged, CasbackupError, NodeInvalid, UsageError
 from casbackup.ids import DEFAULT_NAMESPACE, ZERO_ID, DiskName, VmName
 from casbackup.limits import MAX_QUESTION_IDS, MAX_REQUEST_BYTES, MAX_UPLOAD_BYTES, SEGMENT_BYTES
@@ -296,7 +296,7 @@ def test_many_slow_connections_keep_nobody_out(running: Running) -> None:
 def test_a_record_of_the_largest_blob_passes(running: Running, session: HttpSession) -> None:
     import random
 
-    config = encode_blob(BlobKind.CONFIG, random.Random(1).randbytes(16 * 2**20), 2)
+    config = PLAIN.encode_blob(BlobKind.CONFIG, random.Random(1).randbytes(16 * 2**20), 2)
     session.send([config])
     assert session.missing([config.id]) == set()
 

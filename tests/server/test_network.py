@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from casbackup.codec.records import decode_record
+from casbackup.codec.codec import PLAIN
 from casbackup.errors import ServerUnreachable, SessionBusy, SessionNotFound
 from casbackup.ids import DEFAULT_NAMESPACE, BlobId, VmName
 from casbackup.peer.http.address import parse_address
@@ -152,8 +152,8 @@ def test_what_was_acknowledged_survives_a_kill_of_the_server(process: ServerProc
         process.start()
         again = peer.open_session(DEFAULT_NAMESPACE, VM)
         assert again.missing([record.id for record in records]) == set()
-        found = {blob_id: bytes(decode_record(r)) for blob_id, r in peer.fetch([r.id for r in records])}  # type: ignore[arg-type]
-        assert found == {record.id: bytes(decode_record(record)) for record in records}
+        found = {blob_id: bytes(PLAIN.decode(r)) for blob_id, r in peer.fetch([r.id for r in records])}  # type: ignore[arg-type]
+        assert found == {record.id: bytes(PLAIN.decode(record)) for record in records}
         again.abort()
 
 

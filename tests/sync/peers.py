@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from casbackup.codec.codec import Codec
 from casbackup.errors import ServerUnreachable
 from casbackup.ids import BlobId, Namespace, SessionId, VmName
 from casbackup.peer.api import Peer, PeerSession
@@ -51,6 +52,10 @@ class WatchedPeer:
     @property
     def config(self) -> RepositoryConfig:
         return self._peer.config
+
+    @property
+    def codec(self) -> Codec:
+        return self._peer.codec
 
     def open_session(self, namespace: Namespace, vm: VmName) -> WatchedSession:
         self._asked("open_session")

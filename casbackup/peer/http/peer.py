@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
+from casbackup.codec.codec import Codec, codec_without_key
 from casbackup.errors import CasbackupError, ManifestDamaged, ServerProtocolError, ServerUnreachable
 from casbackup.ids import BlobId, Namespace, SessionId, SnapshotId, VmName
 from casbackup.limits import MAX_FORGET
@@ -51,6 +52,10 @@ class HttpPeer:
         if self._config is None:
             self._config = self._remote.config()
         return self._config
+
+    @property
+    def codec(self) -> Codec:
+        return codec_without_key(self.config.key_fingerprint)
 
     def open_session(self, namespace: Namespace, vm: VmName) -> HttpSession:
         attachment = new_attachment()

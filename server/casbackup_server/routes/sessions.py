@@ -207,7 +207,7 @@ def _own(context: Context, live: LiveSession) -> OwnBlobs | None:
 def _stored(context: Context, live: LiveSession, body: bytearray) -> list[bool]:
     """Damage in what arrives is the sender's."""
     try:
-        return live.store(verified_records(body), _own(context, live))
+        return live.store(verified_records(body, context.served.repository.codec), _own(context, live))
     except DataDamage as damage:
         raise Refusal(422, damage) from damage
 

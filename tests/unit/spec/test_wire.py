@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from casbackup.codec.records import encode_blob
+from casbackup.codec.codec import PLAIN
 from casbackup.errors import BlobMissing, ManifestDamaged, NodeInvalid, PackDamaged, ServerProtocolError
 from casbackup.ids import ZERO_ID, BlobId
 from casbackup.spec import wire
 from casbackup.spec.record import BlobKind, Record
 
-RECORDS = [encode_blob(BlobKind.CHUNK, bytes([n]) * n, 1) for n in range(1, 40)]
+RECORDS = [PLAIN.encode_blob(BlobKind.CHUNK, bytes([n]) * n, 1) for n in range(1, 40)]
 MISSING = BlobId(b"m" * 32)
 STREAM = b"".join(r.header + bytes(r.payload) for r in RECORDS) + wire.encode_lost(MISSING, BlobMissing("gone: ä"))
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from casbackup.codec.records import encode_blob
+from casbackup.codec.codec import PLAIN
 from casbackup.fs import RealFileSystem
 from casbackup.ids import PackId, SessionId, new_pack_id, new_session_id
 from casbackup.spec.magic import RECORD
@@ -37,7 +37,7 @@ def a_pack(plains: Sequence[bytes], *, sealed: bool = True) -> tuple[PackId, byt
     pack = new_pack_id()
     data, entries = encode_header(pack, SESSION), []
     for plain in plains:
-        record = encode_blob(BlobKind.CHUNK, plain, 2)
+        record = PLAIN.encode_blob(BlobKind.CHUNK, plain, 2)
         entries.append(PackEntry(len(data), len(record.payload), len(plain), record.kind, record.flags, record.id))
         data += record.header + bytes(record.payload)
     return pack, data + (encode_footer(pack, entries, len(data)) if sealed else b""), entries
@@ -157,7 +157,7 @@ def test_garbage_with_magics_is_all_damage() -> None:
 
 
 def test_a_record_within_a_record_is_met_only_when_the_outer_one_is_damaged() -> None:
-    inner = encode_blob(BlobKind.CHUNK, random.Random(0).randbytes(50), 2)
+    inner = PLAIN.encode_blob(BlobKind.CHUNK, random.Random(0).randbytes(50), 2)
     pack, data, entries = a_pack([inner.header + bytes(inner.payload)])
     assert [i.record.id for i in scan(stored(pack, data), pack) if isinstance(i, Found)] == [entries[0].id]
     changed = bytearray(data)
@@ -192,7 +192,7 @@ def test_the_header_of_another_session_is_told(tmp_path: Path) -> None:
 
 
 def test_records_of_every_kind_are_found() -> None:
-    made: list[Record] = [encode_blob(kind, b"x", 2) for kind in BlobKind]
+    made: list[Record] = [PLAIN.encode_blob(kind, b"x", 2) for kind in BlobKind]
     pack = new_pack_id()
     data = encode_header(pack, SESSION) + b"".join(r.header + bytes(r.payload) for r in made)
     assert [i.record.kind for i in scan(stored(pack, data), pack) if isinstance(i, Found)] == [1, 2, 3]

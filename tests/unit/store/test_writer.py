@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from casbackup.codec.records import decode_record, encode_blob
+from casbackup.codec.codec import PLAIN
 from casbackup.errors import BlobDamaged, BlobMissing, PackDamaged, RepositoryFull
 from casbackup.fs import Buffer
 from casbackup.ids import BlobId, PackId, new_pack_id, new_session_id
@@ -35,7 +35,7 @@ def index() -> Iterator[Index]:
 
 @pytest.fixture(params=["appendable", "object-store-like"])
 def store(index: Index, request: pytest.FixtureRequest) -> BlobStore:
-    return BlobStore(index, MemoryPackStorage(appendable=request.param == "appendable"))
+    return BlobStore(index, MemoryPackStorage(appendable=request.param == "appendable"), PLAIN)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def writer_of(store: BlobStore, pack_bytes: int = 4000) -> StoreWriter:
 
 def blobs(seed: int, count: int, size: int = 500) -> list[Record]:
     source = random.Random(seed)
-    return [encode_blob(BlobKind.CHUNK, source.randbytes(size), 2) for _ in range(count)]
+    return [PLAIN.encode_blob(BlobKind.CHUNK, source.randbytes(size), 2) for _ in range(count)]
 
 
 def ids_of(records: Sequence[Record]) -> list[BlobId]:
@@ -61,7 +61,7 @@ def ids_of(records: Sequence[Record]) -> list[BlobId]:
 def check_stored(store: BlobStore, records: Sequence[Record]) -> None:
     assert store.missing(ids_of(records)) == []
     assert {i: bytes(data) for i, data in store.read_all(ids_of(records)).items()} == {
-        record.id: bytes(decode_record(record)) for record in records
+        record.id: bytes(PLAIN.decode(record)) for record in records
     }
 
 
@@ -160,7 +160,7 @@ def test_flushing_nothing(store: BlobStore, writer: StoreWriter) -> None:
 
 
 def test_flushing_again_and_again_appends_to_one_pack(index: Index) -> None:
-    store = BlobStore(index, MemoryPackStorage())
+    store = BlobStore(index, MemoryPackStorage(), PLAIN)
     writer = writer_of(store, 10**6)
     records = blobs(8, 6)
     for record in records:
@@ -216,7 +216,7 @@ class FailingStorage(MemoryPackStorage):
 
 
 def test_an_error_in_the_background_reaches_the_next_call(index: Index) -> None:
-    store = BlobStore(index, FailingStorage())
+    store = BlobStore(index, FailingStorage(), PLAIN)
     writer = writer_of(store)
     records = blobs(20, 8)
     writer.put(records)
@@ -231,7 +231,7 @@ def test_an_error_in_the_background_reaches_the_next_call(index: Index) -> None:
 
 
 def test_many_packs_after_an_error_in_the_background_do_not_block(index: Index) -> None:
-    writer = writer_of(BlobStore(index, FailingStorage()))
+    writer = writer_of(BlobStore(index, FailingStorage(), PLAIN))
     with pytest.raises(RepositoryFull):
         for seed in range(100):
             writer.put(blobs(seed, 8))
@@ -240,7 +240,7 @@ def test_many_packs_after_an_error_in_the_background_do_not_block(index: Index) 
 
 
 def test_an_error_in_a_flush_reaches_its_caller(index: Index) -> None:
-    store = BlobStore(index, FailingStorage())
+    store = BlobStore(index, FailingStorage(), PLAIN)
     writer = writer_of(store)
     writer.put(blobs(22, 1))
     with pytest.raises(RepositoryFull):
@@ -315,7 +315,7 @@ def repacked(store: BlobStore, records: Sequence[Record]) -> None:
 @pytest.mark.parametrize("error", [None, PackDamaged("a read over several records failed"), OSError(5, "I/O error")])
 def test_blobs_of_a_pack_repacked_meanwhile_are_looked_up_again(index: Index, error: Exception | None) -> None:
     storage = RepackingStorage()
-    store = BlobStore(index, storage)
+    store = BlobStore(index, storage, PLAIN)
     writer = writer_of(store)
     records = blobs(31, 20)
     writer.put(records)
@@ -359,7 +359,7 @@ def test_records_that_are_elsewhere_than_the_index_says(store: BlobStore, writer
 
 def test_a_truncated_pack_loses_only_its_last_records(index: Index, tmp_path: Path) -> None:
     storage = MemoryPackStorage()
-    store = BlobStore(index, storage)
+    store = BlobStore(index, storage, PLAIN)
     writer = writer_of(store, 10**6)
     records = blobs(34, 4)
     writer.put(records)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from casbackup.codec.hashing import blob_id
+from casbackup.codec.hashing import PUBLIC_KEYS
 from casbackup.ids import ZERO_ID, BlobId
 from casbackup.limits import SEGMENT_BYTES
 from casbackup.spec.record import BlobKind
@@ -28,7 +28,7 @@ class Nodes:
         self.fetched: Counter[BlobId] = Counter()
 
     def store(self, nodes: Sequence[bytes]) -> list[BlobId]:
-        ids = [blob_id(BlobKind.NODE, node) for node in nodes]
+        ids = [PUBLIC_KEYS.id(BlobKind.NODE, node) for node in nodes]
         self.data.update(zip(ids, nodes, strict=True))
         return ids
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from casbackup.codec.hashing import blob_id
+from casbackup.codec.hashing import PUBLIC_KEYS
 from casbackup.errors import BlobMissing, DataDamage, NodeInvalid
 from casbackup.fs import Buffer
 from casbackup.ids import ZERO_ID, BlobId
@@ -56,7 +56,7 @@ class Nodes:
         self.fetched: Counter[BlobId] = Counter()
 
     def store(self, nodes: Sequence[bytes]) -> list[BlobId]:
-        ids = [blob_id(BlobKind.NODE, node) for node in nodes]
+        ids = [PUBLIC_KEYS.id(BlobKind.NODE, node) for node in nodes]
         self.data.update(zip(ids, nodes, strict=True))
         return ids
 
@@ -346,7 +346,7 @@ def covered(segment: Segment) -> range:
 
 
 LEAF = encode_leaf([Extent(SEGMENT_BYTES, 0, CHUNKS[1])])
-LEAF_ID = blob_id(BlobKind.NODE, LEAF)
+LEAF_ID = PUBLIC_KEYS.id(BlobKind.NODE, LEAF)
 
 
 @pytest.mark.parametrize(
