@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import NamedTuple
 
+from casbackup.block import device
 from casbackup.errors import DataDamage
 from casbackup.ids import BlobId
 from casbackup.limits import SEGMENT_BYTES
@@ -30,6 +31,8 @@ class Span(NamedTuple):
     extents: list[Extent] | None
     starts: list[int]
     """Where each extent begins on the disk."""
+    runs: list[device.Extent]
+    """The same with extents of a kind made one: what asks for holes, asks often."""
     damage: DataDamage | None
 
     @property
@@ -121,6 +124,10 @@ def cut(span: Span, start: int, end: int) -> Iterator[tuple[int, Extent]]:
 
 
 def _span(segment: Segment) -> Span:
-    lengths = [extent.length for extent in segment.extents or ()]
-    starts = list(accumulate(lengths[:-1], initial=segment.offset)) if lengths else []
-    return Span(segment.offset, segment.length, segment.extents, starts, segment.damage)
+    offset, extents = segment.offset, segment.extents
+    if extents is None:
+        runs = [device.Extent(offset, segment.length, segment.damage is None)]
+        return Span(offset, segment.length, None, [], runs, segment.damage)
+    starts = list(accumulate((extent.length for extent in extents[:-1]), initial=offset))
+    runs = list(device.merged(device.Extent(at, e.length, e.is_zero) for at, e in zip(starts, extents, strict=True)))
+    return Span(offset, segment.length, extents, starts, runs, segment.damage)

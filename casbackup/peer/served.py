@@ -17,7 +17,7 @@ from casbackup.limits import BLOCK_BYTES, SEGMENT_BYTES, SERVED_CACHE_BYTES
 from casbackup.peer.api import Peer
 from casbackup.peer.chunkcache import ChunkCache
 from casbackup.peer.prefetch import Prefetcher
-from casbackup.peer.segmentmap import SegmentMap, cut
+from casbackup.peer.segmentmap import SegmentMap
 from casbackup.peer.streams import Streams
 from casbackup.repository.catalog import Snapshot
 from casbackup.spec.manifest import DiskRecord
@@ -120,12 +120,10 @@ class ServedDisk(Closing):
 
     def _extents(self, start: int, end: int) -> Iterator[Extent]:
         for span in self._map.spans(start, end):
-            first, last = max(start, span.offset), min(end, span.end)
-            if span.extents is None:
-                yield Extent(first, last - first, span.is_zero)
-                continue
-            for at, extent in cut(span, first, last):
-                yield Extent(at, extent.length, extent.is_zero)
+            for run in span.runs:
+                first, last = max(start, run.offset), min(end, run.end)
+                if first < last:
+                    yield Extent(first, last - first, run.zero)
 
     def _complain(self, offset: int, length: int, error: CasbackupError) -> None:
         if (offset, length) not in self._complaints and len(self._complaints) < _MOST_COMPLAINTS:

@@ -53,7 +53,7 @@ def test_readers_wait_for_what_another_is_fetching(stored: Stored, chunks: list[
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + 20
-    while cache._waiting < 5:
+    while sum(len(waiters) for waiters in cache._coming.values()) < 5 * len(chunks):
         assert time.monotonic() < deadline
         time.sleep(0.001)
     stored.peer.may_go_on.set()
