@@ -152,3 +152,20 @@ MAX_QCOW2_DISK_BYTES = 64 * TiB
 
 MAX_VMDK_DISK_BYTES = 2031 * GiB
 """What is written as VMDK: its tables count sectors of the file in 32 bits, and a grain may take 129 of them."""
+
+MAX_KEY_FILE_BYTES = 256 * KiB
+"""A key file; one with the most wrappings for age recipients fits."""
+
+MAX_KEY_WRAPPINGS = 32
+"""Ways in which one key file wraps its key."""
+
+MAX_KEY_COMMENT_CHARACTERS = 200
+
+MAX_ARGON2_MEMORY_KIB = 1024 * 1024
+"""Memory, in KiB, that a key file may ask for to make a key of a passphrase; so that a file of somebody else cannot
+exhaust the machine."""
+
+MAX_ARGON2_ITERATIONS = 16
+MAX_ARGON2_LANES = 16
+
+MAX_PASSPHRASE_BYTES = 1024

@@ -148,3 +148,21 @@ class Peer(Protocol):
 
         :raise DataDamage: when that cannot be known.
         """
+
+
+class KeyShelf(Protocol):
+    """Where a repository keeps a wrapped copy of its key, if anybody put one there. Neither side needs the key."""
+
+    def stored_key(self) -> bytes | None:
+        """The bytes of the key file, which whoever has the repository may have changed; None if there is none."""
+
+    def store_key(self, data: bytes, *, replace: bool) -> None:
+        """Keep a copy, durably.
+
+        :raise KeyMismatch: when it is not of the repository's key. :raise UsageError: when the key is not wrapped.
+        :raise KeyExists: when there is one already and ``replace`` is false.
+        """
+
+
+class StoredPeer(Peer, KeyShelf, Protocol):
+    """A repository as it is stored: sealed, if it is encrypted."""

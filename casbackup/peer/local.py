@@ -12,6 +12,7 @@ from casbackup.peer.usage import UsageReport, usage_of
 from casbackup.repository.catalog import Snapshot
 from casbackup.repository.repository import Repository
 from casbackup.repository.sessions import Session, reading
+from casbackup.repository.stored_key import read_stored_key, write_stored_key
 from casbackup.spec.config import RepositoryConfig
 from casbackup.store.blobstore import Fetched
 
@@ -76,3 +77,9 @@ class LocalPeer:
 
     def usage(self, groups: Sequence[Sequence[Snapshot]]) -> UsageReport:
         return usage_of(self.repository, groups)
+
+    def stored_key(self) -> bytes | None:
+        return read_stored_key(self.repository)
+
+    def store_key(self, data: bytes, *, replace: bool) -> None:
+        write_stored_key(self.repository, data, replace=replace)

@@ -3,6 +3,7 @@
 REPO/  config.json            what the repository is
        config.json.backup     the same again
        tokens.json            who may use it over HTTP, if anybody
+       keys/<fingerprint>.json   a wrapped copy of the key, if wanted
        migration.json         there only while a migration is not finished
        packs/xx/<id>.pack     the data
        snapshots/<namespace>/vm/<name>/<time>.snap   one manifest a snapshot, and <time>.meta beside it
@@ -42,12 +43,16 @@ class Layout:
         self.config = os.path.join(self.root, "config.json")
         self.config_backup = self.config + ".backup"
         self.migration = os.path.join(self.root, "migration.json")
+        self.keys = os.path.join(self.root, "keys")
         self.packs = os.path.join(self.root, "packs")
         self.snapshots = os.path.join(self.root, "snapshots")
         self.index = os.path.join(self.root, "index")
         self.locks = os.path.join(self.root, "locks")
         self.repository_lock = os.path.join(self.locks, "repository")
         self.maintenance_lock = os.path.join(self.locks, "maintenance")
+
+    def stored_key(self, fingerprint: str) -> str:
+        return os.path.join(self.keys, f"{fingerprint}.json")
 
     def session_lock(self, session: SessionId) -> str:
         return os.path.join(self.locks, f"session-{session}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -20,11 +21,12 @@ from casbackup_client.output import Output, is_terminal
 
 if TYPE_CHECKING:
     from casbackup.ids import Namespace
-    from casbackup.peer.api import Peer
+    from casbackup.peer.api import Peer, StoredPeer
     from casbackup.peer.http.rest import RestClient
     from casbackup.progress import Progress
     from casbackup.repository.repository import Repository
     from casbackup_client.config_file import Profile
+    from casbackup_client.keys import Keys
 
 ENVIRONMENT = {
     "CASBACKUP_REPOSITORY": "The repository, if neither -r nor --profile names one.",
@@ -32,6 +34,14 @@ ENVIRONMENT = {
     "CASBACKUP_TOKEN": "The token for a repository on a server.",
     "CASBACKUP_TOKEN_FILE": "A file with the token in its first line.",
     "CASBACKUP_TOKEN_COMMAND": "A command, split as a shell does, that prints the token.",
+    "CASBACKUP_KEY": "The fingerprint of the key that the repository must have; any other, or none, is refused.",
+    "CASBACKUP_KEY_FOLDER": "Where keys are; default: ~/.config/casbackup/keys.",
+    "CASBACKUP_PASSPHRASE": "The passphrase of the key.",
+    "CASBACKUP_PASSPHRASE_FD": "The number of a file descriptor whose next line is the passphrase.",
+    "CASBACKUP_PASSPHRASE_FILE": "A file with the passphrase in its first line.",
+    "CASBACKUP_PASSPHRASE_COMMAND": "A command, split as a shell does, that prints the passphrase.",
+    "CASBACKUP_NEW_PASSPHRASE": "For `key passwd`: the new passphrase; also with _FD, _FILE or _COMMAND.",
+    "CASBACKUP_AGE_IDENTITY": "A file with an identity of age that opens the key; as --identity.",
     "CASBACKUP_CACERT": "A file of certificates (PEM) to trust besides the system's; as --cacert.",
     "CASBACKUP_CONFIG": "The configuration file, instead of the user's and the system's.",
     "CASBACKUP_DEBUG": "1: print a traceback with every error.",
@@ -41,6 +51,16 @@ ENVIRONMENT = {
     "TZ": "The time zone in which retention rules count days; default: that of the machine.",
 }
 """The variables that the command looks at, for the documentation."""
+
+
+class KeyUse(Enum):
+    """What a command wants of the key of the repository that it opens, if that is encrypted."""
+
+    NONE = "none"
+    """It works on what is stored."""
+    IF_AT_HAND = "if at hand"
+    """It shows more with it; nobody is asked for a passphrase."""
+    NEEDED = "needed"
 
 
 def is_address(repository: str) -> bool:
@@ -57,6 +77,7 @@ class App:
         self.profile_option: str | None = None
         self.namespace_option: str | None = None
         self.cacert_option: str | None = None
+        self.identity_option: str | None = None
         self.json = False
         self.quiet = False
         self.verbose = False
@@ -110,8 +131,22 @@ class App:
         return self.repository_path
 
     @contextlib.contextmanager
-    def peer(self) -> Iterator[Peer]:
-        """The repository as jobs want it: in a folder, or on a server."""
+    def peer(self, use: KeyUse = KeyUse.NEEDED) -> Iterator[Peer]:
+        """The repository as jobs want it: in a folder, or on a server; with its key, as far as that is wanted.
+
+        :raise EncryptionError: when the key is needed and cannot be had.
+        """
+        with self.stored_peer() as stored:
+            if use is KeyUse.NONE:
+                yield stored
+                return
+            from casbackup_client.keys import unlocked
+
+            yield unlocked(stored, self.keys, use)
+
+    @contextlib.contextmanager
+    def stored_peer(self) -> Iterator[StoredPeer]:
+        """The repository as it is stored."""
         path = self.repository_path
         if not is_address(path):
             from casbackup.peer.local import LocalPeer
@@ -126,6 +161,16 @@ class App:
         address = parse_address(path)
         with HttpPeer(address, find_credentials(self._profile, self.environment, self.cacert_option)) as peer:
             yield peer
+
+    @cached_property
+    def keys(self) -> Keys:
+        """The user's keys, with what the profile in use says of them."""
+        return self.keys_of(self._profile)
+
+    def keys_of(self, profile: Profile | None) -> Keys:
+        from casbackup_client.keys import Keys
+
+        return Keys(self.environment, profile, self.identity_option)
 
     @contextlib.contextmanager
     def server(self) -> Iterator[RestClient]:

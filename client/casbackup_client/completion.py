@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 
 from casbackup.errors import CasbackupError
-from casbackup_client.app import App
+from casbackup_client.app import App, KeyUse
 
 _ID_DIGITS = 8
 
@@ -29,7 +29,7 @@ def profiles(incomplete: str) -> list[str]:
 
 def vms(app: App, incomplete: str) -> list[str]:
     found: set[str] = set()
-    with _silently(), app.peer() as peer:
+    with _silently(), app.peer(KeyUse.NONE) as peer:
         found = {snapshot.manifest.vm for snapshot in peer.survey(app.namespace)[0]}
     return sorted(name for name in found if name.startswith(incomplete))
 
@@ -37,7 +37,7 @@ def vms(app: App, incomplete: str) -> list[str]:
 def references(app: App, incomplete: str) -> list[str]:
     """VMs, and ids once some digits are there. Times are not offered: shells break words at their colons."""
     found: set[str] = set()
-    with _silently(), app.peer() as peer:
+    with _silently(), app.peer(KeyUse.NONE) as peer:
         for snapshot in peer.survey(app.namespace)[0]:
             found |= {
                 snapshot.manifest.vm,

@@ -40,6 +40,10 @@ class Profile(NamedTuple):
     token_file: str | None = None
     token_command: str | None = None
     cacert: str | None = None
+    key: str | None = None
+    passphrase_file: str | None = None
+    passphrase_command: str | None = None
+    identity: str | None = None
 
     def __repr__(self) -> str:
         return f"Profile(repository={self.repository!r})"
@@ -175,6 +179,10 @@ def _profile(checker: _Checker, name: str, table: Mapping[str, Any]) -> Profile:
         _path(checker, checker.text(table, "token-file", place)),
         checker.text(table, "token-command", place),
         _path(checker, checker.text(table, "cacert", place)),
+        checker.text(table, "key", place),
+        _path(checker, checker.text(table, "passphrase-file", place)),
+        checker.text(table, "passphrase-command", place),
+        _path(checker, checker.text(table, "identity", place)),
     )
 
 

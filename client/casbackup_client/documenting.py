@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from casbackup.repository.gc import GcPlan, GcReport
     from casbackup.repository.repository import Repository
     from casbackup.repository.sessions import SessionRow
+    from casbackup.spec.keyfile import KeyFile
     from casbackup.spec.manifest import ArchiveOrigin, DiskRecord, LiveOrigin, MissingRange
     from casbackup.tree.diff import Range
     from casbackup_client.documents import (
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         DifferenceDocument,
         DiskDocument,
         GcDocument,
+        KeyDocument,
         LiveOriginDocument,
         MissingDocument,
         RangeDocument,
@@ -44,6 +46,24 @@ def repository_document(repository: Repository) -> RepositoryDocument:
         "format": config.format,
         "created": config.created,
         "compression_level": config.compression_level,
+        "key": config.key_fingerprint or None,
+    }
+
+
+def key_document(key_file: KeyFile, path: str) -> KeyDocument:
+    from casbackup.spec.keyfile import PassphraseWrapping
+
+    by_passphrase = [wrapping for wrapping in key_file.wrappings if isinstance(wrapping, PassphraseWrapping)]
+    return {
+        "fingerprint": key_file.fingerprint,
+        "created": key_file.created,
+        "comment": key_file.comment,
+        "path": path,
+        "passphrases": [
+            {"iterations": w.iterations, "memory_kib": w.memory_kib, "lanes": w.lanes} for w in by_passphrase
+        ],
+        "recipients": list(key_file.recipients),
+        "plain": key_file.is_plain,
     }
 
 

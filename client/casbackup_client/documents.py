@@ -150,12 +150,61 @@ class RepositoryDocument(TypedDict):
     format: int
     created: str
     compression_level: int
+    key: str | None
+    """The fingerprint of the key that it is encrypted with; null: it is not."""
+
+
+class KeyCostDocument(TypedDict):
+    """What it takes to try a passphrase of a key, by Argon2id."""
+
+    iterations: int
+    memory_kib: int
+    lanes: int
+
+
+class KeyDocument(TypedDict):
+    """A key file, without its secrets."""
+
+    fingerprint: str
+    created: str
+    comment: str
+    path: str
+    passphrases: list[KeyCostDocument]
+    """One for each passphrase that opens it."""
+    recipients: list[str]
+    """Of age, whose identities open it."""
+    plain: bool
+    """Whoever can read the file has the key."""
+
+
+class KeyResultDocument(TypedDict):
+    """Printed by ``key create``, ``show``, ``import``, ``passwd``, ``recipient`` and ``store``."""
+
+    key: KeyDocument
+
+
+class KeysDocument(TypedDict):
+    """Printed by ``key list``."""
+
+    keys: list[KeyDocument]
+
+
+class KeyCopyDocument(TypedDict):
+    """Printed by ``key export`` and ``key paper``."""
+
+    fingerprint: str
+    path: str | None
+    """The file that was written."""
+    content: str | None
+    """Without ``--output``: what would be in it."""
 
 
 class InitDocument(TypedDict):
     """Printed by ``init``."""
 
     repository: RepositoryDocument
+    new_key: NotRequired[KeyDocument]
+    """The key that was made for it."""
 
 
 class RestoredDiskDocument(TypedDict):

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from casbackup.errors import UsageError
-from casbackup_client.app import App, is_address
+from casbackup_client.app import App, KeyUse, is_address
 from casbackup_client.config_file import Profile
 
 if TYPE_CHECKING:
-    from casbackup.peer.api import Peer
+    from casbackup.peer.api import Peer, StoredPeer
 
 _PROFILE = "profile:"
 _OF_TOKENS = "CASBACKUP_TOKEN"
@@ -34,8 +34,22 @@ def find_ends(app: App, source: str, destination: str) -> tuple[End, End]:
 
 
 @contextlib.contextmanager
-def opened(app: App, end: End) -> Iterator[Peer]:
-    """The repository there."""
+def opened(app: App, end: End, use: KeyUse = KeyUse.NONE) -> Iterator[Peer]:
+    """The repository there, with its key as far as that is wanted.
+
+    :raise EncryptionError: when the key is needed and cannot be had.
+    """
+    with _stored(app, end) as stored:
+        if use is KeyUse.NONE:
+            yield stored
+            return
+        from casbackup_client.keys import unlocked
+
+        yield unlocked(stored, app.keys_of(end.profile), use)
+
+
+@contextlib.contextmanager
+def _stored(app: App, end: End) -> Iterator[StoredPeer]:
     if not is_address(end.place):
         from casbackup.peer.local import LocalPeer
         from casbackup.repository.repository import Repository

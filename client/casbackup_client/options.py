@@ -65,6 +65,13 @@ _GLOBAL_OPTIONS = (
         type=click.Path(),
         help="Trust these certificates of servers besides the system's; default: CASBACKUP_CACERT.",
     ),
+    _global(
+        "identity_option",
+        "--identity",
+        metavar="FILE",
+        type=click.Path(),
+        help="An identity of age that opens the repository's key; default: CASBACKUP_AGE_IDENTITY.",
+    ),
     _global("json", "--json", is_flag=True, help="Print one JSON document, and errors as JSON."),
     _global(
         "quiet",
@@ -76,7 +83,18 @@ _GLOBAL_OPTIONS = (
     _global("verbose", "-v", "--verbose", is_flag=True, help="More details."),
 )
 GLOBAL_NAMES = frozenset(
-    {"--repo", "--profile", "--namespace", "--cacert", "--json", "--quiet", "--verbose", "--help", "--version"}
+    {
+        "--repo",
+        "--profile",
+        "--namespace",
+        "--cacert",
+        "--identity",
+        "--json",
+        "--quiet",
+        "--verbose",
+        "--help",
+        "--version",
+    }
 )
 
 

@@ -100,6 +100,13 @@ def configuration() -> str:
         ("`profiles.NAME.token-file`", "A file with the token in its first line."),
         ("`profiles.NAME.token-command`", "A command, split as a shell does, that prints the token."),
         ("`profiles.NAME.cacert`", "A file of certificates (PEM) to trust besides the system's."),
+        (
+            "`profiles.NAME.key`",
+            "The fingerprint of the key that the repository must have; any other, or none, is refused.",
+        ),
+        ("`profiles.NAME.passphrase-file`", "A file with the passphrase of the key in its first line."),
+        ("`profiles.NAME.passphrase-command`", "A command, split as a shell does, that prints it."),
+        ("`profiles.NAME.identity`", "A file with an identity of age that opens the key."),
     ]
     assert len(keys) == 1 + len(config_file.PROFILE_KEYS)
     return _page(

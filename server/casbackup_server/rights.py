@@ -63,6 +63,12 @@ class Access:
         if namespace is not None and vm is not None and not self.grant.covers(namespace, vm):
             raise RightMissing(f"token {self.name} has no right {right.value!r} for {vm} in namespace {namespace}")
 
+    def require_any(self, *rights: Right) -> None:
+        """:raise RightMissing: naming the rights, when none of them is granted."""
+        if not any(map(self.grant.has, rights)):
+            wanted = " or ".join(repr(right.value) for right in rights)
+            raise RightMissing(f"this needs the right {wanted}, which token {self.name} has not")
+
     def require_all(self, right: Right) -> None:
         """For what is about the whole repository.
 

@@ -124,6 +124,12 @@ class HttpPeer:
         ids: list[list[SnapshotId]] = [[snapshot.id for snapshot in group] for group in groups]
         return usage_from_map(self._remote.ask("/usage", {"groups": ids}))
 
+    def stored_key(self) -> bytes | None:
+        return self._remote.stored_key()
+
+    def store_key(self, data: bytes, *, replace: bool) -> None:
+        self._remote.store_key(data, replace=replace)
+
     def _session(self, answer: dict[str, object], attachment: str) -> HttpSession:
         session = answer.get("id")
         if not isinstance(session, str):

@@ -10,7 +10,7 @@ from typing import Any
 import urllib3
 from blake3 import blake3
 
-from casbackup.errors import ManifestDamaged, ServerProtocolError, SnapshotNotFound
+from casbackup.errors import KeyMissing, ManifestDamaged, ServerProtocolError, SnapshotNotFound
 from casbackup.ids import Namespace, SnapshotId, VmName
 from casbackup.peer.http.snapshots import parse_snapshot, parse_snapshots
 from casbackup.peer.http.transport import Transport
@@ -32,6 +32,16 @@ class RemoteRepository:
     def config(self) -> RepositoryConfig:
         """:raise UnsupportedFormat: when this casbackup is too old for the repository."""
         return decode_config(self.request("GET", "/config"), f"config.json of {self.origin}")
+
+    def stored_key(self) -> bytes | None:
+        """None if the repository has no copy of its key."""
+        try:
+            return self.request("GET", "/key")
+        except KeyMissing:
+            return None
+
+    def store_key(self, data: bytes, *, replace: bool) -> None:
+        self.request("PUT", "/key", data, query={"replace": "true" if replace else "false"})
 
     def survey(
         self, namespace: Namespace | None = None, vm: VmName | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from casbackup.errors import UsageError
-from casbackup_client.app import App
+from casbackup_client.app import App, KeyUse
 from casbackup_client.options import command, pass_app, reference_argument
 
 
@@ -17,7 +17,7 @@ def pin(app: App, reference: str, remove: bool) -> None:
     """Protect a snapshot: neither `forget` nor a retention policy removes it until the pin is removed."""
     from casbackup_client.documenting import snapshot_document
 
-    with app.peer() as peer:
+    with app.peer(KeyUse.IF_AT_HAND) as peer:
         changed = peer.annotate(peer.find(reference, app.namespace), pinned=not remove)
     app.output.result(
         {"snapshot": snapshot_document(changed)},
@@ -48,7 +48,7 @@ def label(
         raise UsageError("nothing to change: give --add, --remove, --set or --notes")
     if replacement and (add or remove):
         raise UsageError("--set replaces all labels; it does not go with --add and --remove")
-    with app.peer() as peer:
+    with app.peer(KeyUse.IF_AT_HAND if notes is None else KeyUse.NEEDED) as peer:
         snapshot = peer.find(reference, app.namespace)
         labels = None
         if add or remove or replacement:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from casbackup.errors import DataDamage, ManifestDamaged, RightMissing, SnapshotNotFound, SnapshotPinned, UsageError
-from casbackup_client.app import App
+from casbackup_client.app import App, KeyUse
 from casbackup_client.options import command, dry_run_option, pass_app
 from casbackup_client.views import counted
 
@@ -61,7 +61,7 @@ def forget(app: App, /, what: tuple[str, ...], everything: bool, dry_run: bool, 
     policy = _policy(keep)
     if with_gc:
         app.require_folder("forget --gc")
-    with app.peer() as peer:
+    with app.peer(KeyUse.NONE) as peer:
         decisions = _decide(app, peer, what, policy, everything=everything)
         removed = [decision.snapshot for decision in decisions if not decision.keep]
         freed_bytes = _freed(peer, removed)

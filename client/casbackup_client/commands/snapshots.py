@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casbackup_client.app import App
+from casbackup_client.app import App, KeyUse
 from casbackup_client.options import command, pass_app, reference_argument, vm_argument
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def snapshots(
     from casbackup_client.documenting import snapshot_document
 
     wanted = {parse_vm(name) for name in (*vms, *more_vms)}
-    with app.peer() as peer:
+    with app.peer(KeyUse.IF_AT_HAND) as peer:
         found, damaged = peer.survey(None if all_namespaces else app.namespace)
     chosen = [
         snapshot
@@ -79,7 +79,7 @@ def show(app: App, reference: str) -> None:
     """Show all about a snapshot: its disks, configs, labels and notes, and what making it took."""
     from casbackup_client.documenting import snapshot_document
 
-    with app.peer() as peer:
+    with app.peer(KeyUse.IF_AT_HAND) as peer:
         snapshot = peer.find(reference, app.namespace)
     app.output.result({"snapshot": snapshot_document(snapshot)}, lambda: _details(snapshot))
 

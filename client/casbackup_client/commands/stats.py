@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from casbackup.errors import SnapshotNotFound
-from casbackup_client.app import App
+from casbackup_client.app import App, KeyUse
 from casbackup_client.options import command, pass_app, vm_argument
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def stats(app: App, vms: tuple[str, ...], all_namespaces: bool) -> None:
     from casbackup.ids import parse_vm
 
     wanted = {parse_vm(name) for name in vms}
-    with app.peer() as peer:
+    with app.peer(KeyUse.NONE) as peer:
         chosen = _chosen(peer.snapshots(None if all_namespaces else app.namespace), wanted)
         document = _document(peer, chosen)
     app.output.result(document, lambda: _view(document, with_snapshots=bool(wanted) or app.verbose))

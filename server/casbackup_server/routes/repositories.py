@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 
-from casbackup.errors import DataDamage, SnapshotNotFound
+from casbackup.errors import DataDamage, KeyMissing, SnapshotNotFound
 from casbackup.ids import SnapshotId
-from casbackup.limits import MAX_FORGET
+from casbackup.limits import MAX_FORGET, MAX_KEY_FILE_BYTES
 from casbackup.peer.usage import usage_of, usage_to_map
 from casbackup.repository.catalog import Snapshot
+from casbackup.repository.stored_key import read_stored_key, write_stored_key
 from casbackup.spec.config import encode_config
 from casbackup_server.context import Context, Ctx
 from casbackup_server.problems import Refusal, responses
@@ -52,6 +53,34 @@ async def config(context: Ctx) -> Response:
     """The repository's config.json."""
     context.access.require(Right.READ)
     return Binary(encode_config(context.served.repository.config))
+
+
+@router.get("/key", response_class=Binary, responses={**responses(404), **giving("The key file.")})
+async def stored_key(context: Ctx) -> Response:
+    """The wrapped copy of an encrypted repository's key, for who may make or restore snapshots."""
+    context.access.require_any(Right.BACKUP, Right.RESTORE)
+    data = await context.server.threads.run(lambda: read_stored_key(context.served.repository))
+    if data is None:
+        raise KeyMissing("the repository has no copy of its key")
+    return Binary(data)
+
+
+@router.put(
+    "/key",
+    status_code=204,
+    responses=responses(400, 409, 413, 507),
+    openapi_extra=taking("The key file, in which the key must be wrapped.", MAX_KEY_FILE_BYTES),
+)
+async def store_key(
+    context: Ctx,
+    request: Request,
+    replace: Annotated[bool, Query(description="Replace the copy that is there, which needs the right admin.")] = False,
+) -> None:
+    """Keep a wrapped copy of an encrypted repository's key."""
+    context.access.require(Right.ADMIN if replace else Right.BACKUP)
+    data = await body_of(request, MAX_KEY_FILE_BYTES)
+    await context.server.threads.run(lambda: write_stored_key(context.served.repository, data, replace=replace))
+    context.note("key stored", fingerprint=context.served.repository.config.key_fingerprint, replaced=replace)
 
 
 @router.post("/usage", responses=responses(404, 500))

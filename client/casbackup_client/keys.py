@@ -1,0 +1,150 @@
+"""How a command gets the key of an encrypted repository.
+
+The key file is looked for in the key folder, then in the repository itself. A copy in the repository is only as
+trustworthy as whoever keeps the repository: they cannot know the passphrase, so one that it opens is the user's; but
+anybody can wrap a key of their own for a recipient. So a copy is opened by an identity only when the user has said
+which key is wanted (``CASBACKUP_KEY``, or ``key`` of the profile) or imports it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from casbackup.codec.master_key import MasterKey
+from casbackup.errors import EncryptionError, KeyMismatch, KeyMissing, UsageError
+from casbackup.keys.memory import keep_out_of_dumps
+from casbackup.keys.ring import KeyRing
+from casbackup.keys.wrapping import unwrap
+from casbackup.spec.config import RepositoryConfig
+from casbackup_client.app import KeyUse
+from casbackup_client.passphrases import VARIABLE, Configured, Passphrases
+
+if TYPE_CHECKING:
+    from casbackup.peer.api import Peer, StoredPeer
+    from casbackup.spec.keyfile import KeyFile
+    from casbackup_client.config_file import Profile
+
+
+class Keys:
+    """The user's keys, and what opens them."""
+
+    def __init__(
+        self, environment: Mapping[str, str], profile: Profile | None = None, identity_path: str | None = None
+    ) -> None:
+        self.ring = KeyRing(environment.get("CASBACKUP_KEY_FOLDER") or default_folder())
+        self.passphrases = Passphrases(environment, VARIABLE, _configured(profile))
+        self._identity_path = identity_path or environment.get("CASBACKUP_AGE_IDENTITY") or _of(profile, "identity")
+        self._wanted = environment.get("CASBACKUP_KEY") or _of(profile, "key")
+
+    @property
+    def wanted(self) -> str | None:
+        """The fingerprint of the key that the user says is the right one, if they do.
+
+        :raise UsageError: when what was said begins those of several keys.
+        """
+        if self._wanted is None:
+            return None
+        return full_fingerprint(self.ring, self._wanted)
+
+    def identities(self) -> list[Any]:
+        """Of age; none, when no file is named.
+
+        :raise UsageError: when it cannot be read or holds none.
+        """
+        if not self._identity_path:
+            return []
+        from casbackup.keys.age import parse_identities
+
+        try:
+            with open(self._identity_path, "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise UsageError(f"the identity file {self._identity_path} cannot be read: {error.strerror}") from error
+        return parse_identities(data, self._identity_path)
+
+    def unlock(self, key_file: KeyFile, origin: str, *, ask: bool = True, by_identity: bool = True) -> MasterKey:
+        """The key in a key file.
+
+        :raise PassphraseNeeded, PassphraseWrong, KeyFileDamaged: as ``unwrap`` does.
+        """
+        keep_out_of_dumps()
+        return unwrap(
+            key_file,
+            origin,
+            identities=self.identities() if by_identity else (),
+            passphrases=self.passphrases.existing(f"key {key_file.fingerprint}", ask=ask),
+        )
+
+    def of_repository(self, peer: StoredPeer, *, at_hand: bool = False) -> MasterKey:
+        """The key of an encrypted repository. ``at_hand``: only if it is in the key folder, and opens without asking.
+
+        :raise KeyMissing: when it is neither in the key folder nor in the repository. Else as ``unlock``.
+        """
+        fingerprint = peer.config.key_fingerprint
+        path = self.ring.path(fingerprint)
+        if at_hand or os.path.lexists(path):
+            return self.unlock(self.ring.read(fingerprint), path, ask=not at_hand)
+        data = peer.stored_key()
+        if data is None:
+            raise KeyMissing(
+                f"the repository is encrypted with key {fingerprint}, which is neither in {self.ring.folder} nor in it"
+            )
+        from casbackup.repository.stored_key import storable
+
+        origin = "the repository's copy of its key"
+        return self.unlock(storable(data, origin, peer.config), origin, by_identity=self.wanted is not None)
+
+    def check(self, config: RepositoryConfig) -> None:
+        """:raise KeyMismatch: when the repository does not have the key that the user says is the right one."""
+        wanted = self.wanted
+        if wanted is not None and wanted != config.key_fingerprint:
+            found = f"is encrypted with key {config.key_fingerprint}" if config.encrypted else "is not encrypted"
+            raise KeyMismatch(f"the repository {found}; key {wanted} is wanted")
+
+
+def unlocked(stored: StoredPeer, keys: Keys, use: KeyUse) -> Peer:
+    """The repository as its owner sees it, as far as ``use`` asks for that; what is not encrypted, as it is.
+
+    :raise EncryptionError: when the key is needed and cannot be had, or is not the one that the user wants.
+    """
+    if use is KeyUse.NONE:
+        return stored
+    keys.check(stored.config)
+    if not stored.config.encrypted:
+        return stored
+    try:
+        key = keys.of_repository(stored, at_hand=use is KeyUse.IF_AT_HAND)
+    except EncryptionError:
+        if use is KeyUse.NEEDED:
+            raise
+        return stored
+    from casbackup.peer.sealed import SealedPeer
+
+    return SealedPeer(stored, key)
+
+
+def default_folder() -> str:
+    import platformdirs
+
+    return os.path.join(platformdirs.user_config_dir("casbackup", appauthor=False), "keys")
+
+
+def full_fingerprint(ring: KeyRing, text: str) -> str:
+    """A fingerprint in full as it is, also of a key that is not here; a shorter one as in the key folder.
+
+    :raise KeyMissing: when there is none that begins so. :raise UsageError: when there are several.
+    """
+    from casbackup.spec.keyfile import is_fingerprint
+
+    compact = "".join(text.split()).lower()
+    return compact if is_fingerprint(compact) else ring.find(compact)
+
+
+def _configured(profile: Profile | None) -> Configured:
+    return Configured(_of(profile, "passphrase_file"), _of(profile, "passphrase_command"))
+
+
+def _of(profile: Profile | None, name: str) -> str | None:
+    return None if profile is None else getattr(profile, name)
