@@ -116,6 +116,10 @@ class RawFile(Closing):
         now = self._size_now()
         return None if now == self._opened_size_bytes else now
 
+    def fileno(self) -> int:
+        """Its descriptor, which stays its own."""
+        return self._descriptor
+
     def close(self) -> None:
         """:raise TargetUnwritable: where only closing tells that a write failed, as on NFS."""
         descriptor, self._descriptor = self._descriptor, -1

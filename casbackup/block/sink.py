@@ -3,16 +3,16 @@
 QEMU lets a guest's write wait until the old data has been written to its target, and fails it when the target
 does. So this target never fails and never makes it wait beyond a bound: it acknowledges what is in memory, and
 when that stays full for too long, or the consumer fails, the backup is broken and the rest is acknowledged and
-dropped. Whoever runs the backup sees it in ``Spool.failure`` and ends the job.
+dropped. Whoever runs the backup sees it in ``Backlog.failure`` and ends the job.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from casbackup.block.backlog import Backlog
 from casbackup.block.buffers import MAX_BUFFER_BYTES
 from casbackup.block.device import Capabilities, Closing, Extent
-from casbackup.block.spool import Spool
 from casbackup.errors import BackupBroken, SourceUnreadable
 from casbackup.fs import Buffer
 from casbackup.units import KiB
@@ -25,14 +25,14 @@ ReadBack = Callable[[int, memoryview], None]
 
 
 class SinkDevice(Closing):
-    """One disk's writes become events of a spool, which several disks may share. Nothing is kept.
+    """One disk's writes become pieces of a backlog, which several disks may share. Nothing is kept.
 
     For an NBD export both as its device and as its receiver: what arrives is not copied.
     """
 
     def __init__(
         self,
-        spool: Spool,
+        spool: Backlog,
         disk: str,
         size_bytes: int,
         *,
@@ -80,7 +80,7 @@ class SinkDevice(Closing):
         if excess <= 0:
             self._spool.write(self._disk, offset, room)
         elif excess < min(len(room), _GRANULE_BYTES):
-            self._spool.write(self._disk, offset, room[:-excess])
+            self._spool.write(self._disk, offset, room, len(room) - excess)
         else:
             self._spool.give_back(room)
 

@@ -7,7 +7,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 
-from casbackup.block.device import BlockDevice, Capabilities, Closing, Extent, merged
+from casbackup.block.device import Capabilities, Closing, Extent, merged
 from casbackup.block.rawfile import RawFile
 from casbackup.errors import TargetUnwritable
 from casbackup.fs import Buffer
@@ -106,7 +106,7 @@ class SparseMemory(Closing):
             yield Extent(position, end - position, True)
 
 
-def temporary_device(size_bytes: int, folder: str | None = None) -> BlockDevice:
+def temporary_device(size_bytes: int, folder: str | None = None) -> RawFile:
     """A sparse file without a name in ``folder``, or where temporary files go. It is gone when it is closed.
 
     :raise TargetUnwritable: when it cannot be made, for instance because such a file would be too large.

@@ -18,6 +18,9 @@ class LiveStatus:
     """As asked for; 0: none."""
     taken_bytes_s: int = 0
     waiting_bytes: int = 0
+    """In memory, until the target takes them."""
+    spooled_bytes: int = 0
+    """In the spool file, until the target takes them."""
 
 
 class LiveControl:

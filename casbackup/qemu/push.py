@@ -31,7 +31,7 @@ from casbackup.qemu.features import Features
 from casbackup.qemu.freezing import frozen_guest
 from casbackup.qemu.pacing import Pace
 from casbackup.qemu.qmp import QmpClient
-from casbackup.qemu.sink_host import SinkHost, reconnect_delay_s
+from casbackup.qemu.sink_host import SinkHost, SinkSpace, reconnect_delay_s
 from casbackup.qemu.sink_process import SinkSettings
 from casbackup.qemu.sink_server import SinkExport
 from casbackup.qemu.source import DiskTask, Instant, LiveOptions, Report
@@ -89,14 +89,14 @@ class PushSource:
             raise LiveBackupBusy("QEMU is running a backup already")
         name = f"{cleanup.PREFIX}{secrets.token_hex(4)}"
         peer = self._qmp.peer
-        with SinkHost(self._settings(name, tasks), uid=peer.uid, gid=peer.gid) as sink:
+        space = SinkSpace(self._options.memory_bytes, self._options.spool_bytes, self._options.spool_folder)
+        with SinkHost(self._settings(name, tasks), space, uid=peer.uid, gid=peer.gid) as sink:
             conductor = _Conductor(self._qmp, self._features, self._options, self._control, self._report, sink)
             return conductor.run(name, tasks, self._tracking, consumer)
 
     def _settings(self, name: str, tasks: Sequence[DiskTask]) -> SinkSettings:
         return SinkSettings(
             exports=[SinkExport(number, task.disk.size_bytes) for number, task in enumerate(tasks)],
-            memory_bytes=self._options.memory_bytes,
             max_guest_stall_s=self._options.max_guest_stall_s,
             qmp_path=self._qmp.path,
             backup_name=name,
@@ -256,6 +256,7 @@ class _Conductor:
             total_bytes=sum(job["total-progress"] for job in jobs),
             done_bytes=sum(job["current-progress"] for job in jobs),
             waiting_bytes=self._sink.waiting_bytes,
+            spooled_bytes=self._sink.overflown_bytes,
             taken_bytes_s=int(self._pace.taken_bytes_s),
         )
         running = [job["id"] for job in jobs if job["status"] != "concluded"]

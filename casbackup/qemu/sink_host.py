@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from mmap import ACCESS_READ, mmap
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
+from casbackup.block.rawfile import RawFile
+from casbackup.block.sparse import temporary_device
 from casbackup.block.spool import Consumer
 from casbackup.errors import BackupBroken, CasbackupError, SinkLost
-from casbackup.qemu.sink_link import Messages, new_link, receive_all
+from casbackup.qemu.sink_link import Messages, Receiver, new_link
 from casbackup.qemu.sink_process import SinkSettings
 from casbackup.qemu.sink_server import SharedListener, StandIn
 
@@ -33,12 +36,32 @@ def reconnect_delay_s(max_guest_stall_s: float) -> int:
     return math.ceil(max_guest_stall_s) + _RECONNECT_S
 
 
+class SinkSpace(NamedTuple):
+    """What the sink may take. ``overflow_folder``: for a file without a name; None: where temporary files go."""
+
+    memory_bytes: int
+    overflow_bytes: int = 0
+    overflow_folder: str | None = None
+
+    def memory(self) -> int:
+        """The descriptor of new memory that two processes can have in view."""
+        descriptor = os.memfd_create("casbackup-sink", os.MFD_CLOEXEC)
+        os.ftruncate(descriptor, self.memory_bytes)
+        return descriptor
+
+    def overflow(self) -> RawFile | None:
+        """A new file, if there is to be one. Errors as ``temporary_device``."""
+        return temporary_device(self.overflow_bytes, self.overflow_folder) if self.overflow_bytes else None
+
+
 class SinkHost:
     """Enter it to start the sink. ``failure`` says why the backup is broken, if it is."""
 
-    def __init__(self, settings: SinkSettings, *, uid: int, gid: int) -> None:
-        """``uid``, ``gid``: QEMU's. Errors as ``SharedListener``."""
+    def __init__(self, settings: SinkSettings, space: SinkSpace, *, uid: int, gid: int) -> None:
+        """``uid``, ``gid``: QEMU's. Errors as ``SharedListener`` and ``SinkSpace.overflow``."""
         self._settings = settings
+        self._overflow = space.overflow()
+        self._memory = space.memory()
         self._silence_s = max(_LEAST_SILENCE_S, settings.max_guest_stall_s)
         self._listener = SharedListener(uid=uid, gid=gid)
         self._link, self._theirs = new_link()
@@ -76,9 +99,15 @@ class SinkHost:
         """Data in the sink's memory that the backup has not taken yet."""
         return int(self._report.get("waiting_bytes", 0))
 
+    @property
+    def overflown_bytes(self) -> int:
+        """The same in its file."""
+        return int(self._report.get("overflown_bytes", 0))
+
     def receive_into(self, consumer: Consumer) -> bool:
         """Hand all data to ``consumer``, until there is no more. False when it is not all. Errors of the consumer."""
-        complete = receive_all(self._link.data, consumer)
+        receiver = Receiver(self._link.data, mmap(self._memory, 0, access=ACCESS_READ), self._overflow)
+        complete = receiver.receive_all(consumer)
         if not complete and not self._dropped:  # then it has died, as the watcher will find out, too
             self._watcher.join(self._silence_s + _POLL_S)
         return complete
@@ -132,17 +161,22 @@ class SinkHost:
         self._watcher.join()
         self._link.close()
         self._listener.close()
+        os.close(self._memory)
+        if self._overflow is not None:
+            self._overflow.close()
 
     def _launch(self) -> subprocess.Popen[bytes]:
-        inherited: Sequence[int] = [
+        inherited = [
             self._theirs.data.fileno(),
             self._theirs.control.fileno(),
             self._listener.socket.fileno(),
+            self._memory,
+            -1 if self._overflow is None else self._overflow.fileno(),
         ]
         return subprocess.Popen(
             [sys.executable, "-P", "-m", _MODULE, *map(str, inherited)],
             stdin=subprocess.DEVNULL,
-            pass_fds=inherited,
+            pass_fds=[descriptor for descriptor in inherited if descriptor >= 0],
             start_new_session=True,
         )
 

@@ -1,10 +1,11 @@
 """The sink: a process of its own between QEMU and the backup, small so that little can go wrong in it.
 
-It acknowledges QEMU's writes once they are in its memory and passes them on. Whatever happens to the backup, it goes
-on acknowledging. When the backup dies without a word, it ends the jobs in QEMU in its place, thaws the guest, and
+It acknowledges QEMU's writes once they are in memory, which the backup has in view. Whatever happens to the backup, it
+goes on acknowledging. When the backup dies without a word, it ends the jobs in QEMU in its place, thaws the guest, and
 goes when QEMU has let go of it.
 
-Run as ``python -P -m casbackup.qemu.sink_process DATA CONTROL LISTENER``, with the numbers of inherited sockets.
+Run as ``python -P -m casbackup.qemu.sink_process DATA CONTROL LISTENER MEMORY OVERFLOW``, with the numbers of inherited
+descriptors. OVERFLOW is a file; -1: not wanted.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
+from mmap import mmap
 from typing import Any
 
-from casbackup.block.spool import Spool
+from casbackup.block.backlog import Backlog
+from casbackup.block.buffers import BufferPool
+from casbackup.block.rawfile import RawFile
 from casbackup.errors import BackupBroken, CasbackupError
 from casbackup.qemu.agent import GuestAgent
 from casbackup.qemu.cleanup import remove_backup
 from casbackup.qemu.qmp import QmpClient
-from casbackup.qemu.sink_link import DataSender, Link, Messages
+from casbackup.qemu.sink_link import Link, Messages, Sender
 from casbackup.qemu.sink_server import SinkExport, SinkServer
 
 REPORT_S = 0.05
@@ -40,7 +44,6 @@ class SinkSettings:
     """What the sink is told at its start: how to serve, and how to clean up without the backup."""
 
     exports: list[SinkExport]
-    memory_bytes: int
     max_guest_stall_s: float
     qmp_path: str
     backup_name: str
@@ -57,10 +60,12 @@ class SinkSettings:
 class Sink:
     """The process, from the settings to the end."""
 
-    def __init__(self, link: Link, listener: socket.socket) -> None:
+    def __init__(self, link: Link, listener: socket.socket, backlog: Backlog) -> None:
         self._messages = Messages(link.control)
         self._link = link
         self._listener = listener
+        self._backlog = backlog
+        self._sender = Sender(link.data, backlog)
         self._frozen_agent: str | None = None
         self._ending = False
 
@@ -68,9 +73,8 @@ class Sink:
         settings = self._settings()
         if settings is None:
             return
-        self._sender = DataSender(self._link.data)
-        self._spool = Spool(self._sender, limit_bytes=settings.memory_bytes)
-        self._server = SinkServer(self._spool, settings.exports, max_guest_stall_s=settings.max_guest_stall_s)
+        self._sender.start()
+        self._server = SinkServer(self._backlog, settings.exports, max_guest_stall_s=settings.max_guest_stall_s)
         self._server.serve(self._listener)
         while not self._ending:
             messages = self._messages.receive(REPORT_S)
@@ -87,10 +91,11 @@ class Sink:
         return None
 
     def _report(self) -> bool:
-        failure = self._spool.failure
+        failure = self._backlog.failure
         return self._messages.send(
             {
-                "waiting_bytes": self._spool.waiting_bytes,
+                "waiting_bytes": self._backlog.waiting_bytes,
+                "overflown_bytes": self._backlog.overflown_bytes,
                 "failure": None if failure is None else failure.message,
             }
         )
@@ -99,7 +104,7 @@ class Sink:
         if "frozen" in message:
             self._frozen_agent = message["frozen"]
         elif "drop" in message:
-            self._spool.fail(BackupBroken(message["drop"]))
+            self._backlog.fail(BackupBroken(message["drop"]))
             self._hang_up()
         elif "finish" in message:
             threading.Thread(target=self._finish, name="sink-finish", daemon=True).start()
@@ -107,15 +112,15 @@ class Sink:
             self._ending = True
 
     def _finish(self) -> None:
-        """In a thread, for reports go on: QEMU has written everything; pass on what is still here, and say so."""
+        """In a thread, for reports go on: QEMU has written everything; when the backup has it all, say so."""
         with contextlib.suppress(CasbackupError):  # the next report says it
-            self._spool.finish()
+            self._backlog.finish()
             self._sender.end()
         self._hang_up()
 
     def _hang_up(self) -> None:
         with contextlib.suppress(OSError):
-            self._link.data.shutdown(socket.SHUT_RDWR if self._spool.failure else socket.SHUT_WR)
+            self._link.data.shutdown(socket.SHUT_RDWR if self._backlog.failure else socket.SHUT_WR)
 
     def _orphaned(self, settings: SinkSettings) -> None:
         try:
@@ -124,7 +129,7 @@ class Sink:
             shutil.rmtree(os.path.dirname(self._listener.getsockname()), ignore_errors=True)
 
     def _clean_up(self, settings: SinkSettings) -> None:
-        self._spool.fail(BackupBroken("the backup's process has died"))
+        self._backlog.fail(BackupBroken("the backup's process has died"))
         self._thaw()
         deadline = time.monotonic() + _PATIENCE_S
         while time.monotonic() < deadline:
@@ -158,9 +163,12 @@ def _survive_others() -> None:
 def main() -> None:
     _ignore_signals()
     _survive_others()
-    data, control, listener = (socket.socket(fileno=int(argument)) for argument in sys.argv[1:4])
+    data, control, listener, memory, overflow = map(int, sys.argv[1:])
+    link = Link(socket.socket(fileno=data), socket.socket(fileno=control))
+    file = None if overflow < 0 else RawFile(overflow, "the spool file", writable=True)
+    backlog = Backlog(BufferPool(mmap(memory, 0)), file)
     try:
-        Sink(Link(data, control), listener).run()
+        Sink(link, socket.socket(fileno=listener), backlog).run()
     finally:
         sys.stderr.flush()
         os._exit(0)  # threads that wait for QEMU or for a backup that is stuck do not matter any more

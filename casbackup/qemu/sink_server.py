@@ -16,11 +16,12 @@ import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from casbackup.block.backlog import Backlog
+from casbackup.block.buffers import BufferPool
 from casbackup.block.nbd.exports import Export
 from casbackup.block.nbd.server import NbdServer
 from casbackup.block.nbd.uri import MAX_SOCKET_PATH_BYTES
 from casbackup.block.sink import SinkDevice
-from casbackup.block.spool import Spool
 from casbackup.errors import CasbackupError, TargetUnsuitable
 from casbackup.units import MiB
 
@@ -86,9 +87,9 @@ class _Target(SinkDevice):
 class SinkServer(NbdServer):
     """Serves a socket that listens already, and is shared, so that closing the server leaves it as it is."""
 
-    def __init__(self, spool: Spool, exports: Sequence[SinkExport], *, max_guest_stall_s: float) -> None:
+    def __init__(self, backlog: Backlog, exports: Sequence[SinkExport], *, max_guest_stall_s: float) -> None:
         devices = {
-            item.number: _Target(spool, item.name, item.size_bytes, max_guest_stall_s=max_guest_stall_s)
+            item.number: _Target(backlog, item.name, item.size_bytes, max_guest_stall_s=max_guest_stall_s)
             for item in exports
         }
         super().__init__(
@@ -107,21 +108,13 @@ class SinkServer(NbdServer):
         threading.Thread(target=self._accept, args=(listener,), name="sink-accept", daemon=True).start()
 
 
-class Nobody:
-    """A consumer for a spool that drops everything."""
-
-    def write(self, disk: str, offset: int, data: memoryview) -> None: ...
-
-    def zero(self, disk: str, offset: int, length: int) -> None: ...
-
-
 class StandIn:
     """Serves in the place of a sink that is gone: acknowledges and drops, so that the guest goes on."""
 
     def __init__(self, exports: Sequence[SinkExport], reason: CasbackupError) -> None:
-        self._spool = Spool(Nobody(), limit_bytes=2 * MiB)
-        self._spool.fail(reason)
-        self._server = SinkServer(self._spool, exports, max_guest_stall_s=0)
+        backlog = Backlog(BufferPool(2 * MiB))
+        backlog.fail(reason)
+        self._server = SinkServer(backlog, exports, max_guest_stall_s=0)
 
     @property
     def heard(self) -> int:

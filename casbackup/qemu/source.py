@@ -32,12 +32,18 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LiveOptions:
-    """How to treat the guest. ``agent_path``: the socket of its agent, if it has one."""
+    """How to treat the guest. ``agent_path``: the socket of its agent, if it has one.
+
+    Data that the guest need not wait for any more is in ``memory_bytes`` of memory, and when there is no room left in a
+    file of up to ``spool_bytes`` in ``spool_folder``, or where temporary files go.
+    """
 
     freeze: FreezePolicy = FreezePolicy.AUTO
     agent_path: str | None = None
     max_guest_stall_s: float = 2.0
     memory_bytes: int = SINK_MEMORY_BYTES
+    spool_bytes: int = 0
+    spool_folder: str | None = None
 
 
 class DiskTask(NamedTuple):
