@@ -45,6 +45,7 @@ ENVIRONMENT = {
     "CASBACKUP_CACERT": "A file of certificates (PEM) to trust besides the system's; as --cacert.",
     "CASBACKUP_CONFIG": "The configuration file, instead of the user's and the system's.",
     "CASBACKUP_DEBUG": "1: print a traceback with every error.",
+    "XDG_STATE_HOME": "Below it is what was seen of encrypted repositories; default: ~/.local/state.",
     "XDG_RUNTIME_DIR": "Where backups of running VMs can be steered; default: /run for root, else /tmp.",
     "NO_COLOR": "If set and not empty: no colours on a terminal.",
     "TERM": "`dumb`: neither progress nor drawn tables.",
@@ -142,7 +143,7 @@ class App:
                 return
             from casbackup_client.keys import unlocked
 
-            yield unlocked(stored, self.keys, use)
+            yield unlocked(stored, self.keys, use, self.output.complain)
 
     @contextlib.contextmanager
     def stored_peer(self) -> Iterator[StoredPeer]:

@@ -45,7 +45,7 @@ def opened(app: App, end: End, use: KeyUse = KeyUse.NONE) -> Iterator[Peer]:
             return
         from casbackup_client.keys import unlocked
 
-        yield unlocked(stored, app.keys_of(end.profile), use)
+        yield unlocked(stored, app.keys_of(end.profile), use, app.output.complain)
 
 
 @contextlib.contextmanager

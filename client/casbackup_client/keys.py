@@ -9,7 +9,7 @@ which key is wanted (``CASBACKUP_KEY``, or ``key`` of the profile) or imports it
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from casbackup.codec.master_key import MasterKey
@@ -104,8 +104,10 @@ class Keys:
             raise KeyMismatch(f"the repository {found}; key {wanted} is wanted")
 
 
-def unlocked(stored: StoredPeer, keys: Keys, use: KeyUse) -> Peer:
+def unlocked(stored: StoredPeer, keys: Keys, use: KeyUse, warn: Callable[[str], None]) -> Peer:
     """The repository as its owner sees it, as far as ``use`` asks for that; what is not encrypted, as it is.
+
+    ``warn`` hears of what looks like a repository that was put back to an older state.
 
     :raise EncryptionError: when the key is needed and cannot be had, or is not the one that the user wants.
     """
@@ -122,13 +124,21 @@ def unlocked(stored: StoredPeer, keys: Keys, use: KeyUse) -> Peer:
         return stored
     from casbackup.peer.sealed import SealedPeer
 
-    return SealedPeer(stored, key)
+    from casbackup.peer.seen import SeenFolder
+
+    return SealedPeer(stored, key, SeenFolder(_seen_folder()), warn)
 
 
 def default_folder() -> str:
     import platformdirs
 
     return os.path.join(platformdirs.user_config_dir("casbackup", appauthor=False), "keys")
+
+
+def _seen_folder() -> str:
+    import platformdirs
+
+    return os.path.join(platformdirs.user_state_dir("casbackup", appauthor=False), "seen")
 
 
 def full_fingerprint(ring: KeyRing, text: str) -> str:

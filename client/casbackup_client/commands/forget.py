@@ -61,7 +61,7 @@ def forget(app: App, /, what: tuple[str, ...], everything: bool, dry_run: bool, 
     policy = _policy(keep)
     if with_gc:
         app.require_folder("forget --gc")
-    with app.peer(KeyUse.NONE) as peer:
+    with app.peer(KeyUse.IF_AT_HAND) as peer:
         decisions = _decide(app, peer, what, policy, everything=everything)
         removed = [decision.snapshot for decision in decisions if not decision.keep]
         freed_bytes = _freed(peer, removed)
