@@ -13,7 +13,8 @@
      |   +- SnapshotNotFound, SnapshotAmbiguous, SnapshotPinned, SnapshotConflict, VmStateMissing, ManifestDamaged,
      |   +- ManifestForged, SnapshotRolledBack
      +- EncryptionError       the key for something encrypted is missing, wrong or cannot be used
-     |   +- KeyMissing, KeyMismatch, KeyFileDamaged, KeyExists, KeyExposed, PassphraseNeeded, PassphraseWrong
+     |   +- KeyMissing, KeyMismatch, KeyFileDamaged, KeyExists, KeyExposed, PassphraseNeeded, PassphraseWrong,
+     |   +- DiskSealed
      +- SyncIncomplete        some snapshots could not be copied
      +- DataDamage            stored bytes are not what they should be
      |   +- BlobMissing, BlobDamaged, PackDamaged, NodeInvalid, DamageFound, RestoreIncomplete
@@ -27,7 +28,8 @@
      +- NbdError
      |   +- NbdConnectionFailed, NbdProtocolError, NbdRequestFailed
      +- ServerError           a chunk server cannot be reached, or does not do what it is asked
-     |   +- ServerUnreachable, ServerBusy, ServerFault, ServerProtocolError, RequestRefused, NeedsFolder
+     |   +- ServerUnreachable, ServerBusy, ServerFault, ServerProtocolError, RequestRefused, NeedsFolder,
+     |   +- ClockSkewed
      |   +- TokenMissing, TokenInvalid, RightMissing, SessionDetached, ServerJobNotFound,
      |   +- ServerJobFailed
      +- LiveBackupError       a backup beside a running guest
@@ -418,6 +420,13 @@ class PassphraseWrong(EncryptionError):
     advice = "Try again; the fingerprint in the message says which key it is."
 
 
+class DiskSealed(EncryptionError):
+    """A server cannot give out what is sealed: it has no key."""
+
+    code = "disk-sealed"
+    advice = "Restore with the `casbackup` command where the key is, or run `casbackup gateway` there."
+
+
 class SyncIncomplete(CasbackupError):
     """Some snapshots could not be copied; the others were."""
 
@@ -719,6 +728,13 @@ class RequestRefused(ServerError):
 
     code = "request-refused"
     advice = "The limits stand in docs/reference/limits.md; a casbackup client keeps them."
+
+
+class ClockSkewed(ServerError):
+    """The client's clock differs too much from the server's for a sealed snapshot, whose time a server cannot set."""
+
+    code = "clock-skewed"
+    advice = "Set the client's clock, for example with NTP."
 
 
 class NeedsFolder(ServerError):

@@ -28,6 +28,8 @@ MAX_CONFIGS = 256
 MAX_CONFIG_BYTES = 16 * MiB
 MAX_LABELS = 64
 MAX_NOTES_BYTES = 64 * KiB
+MAX_STORED_NOTES_BYTES = 96 * KiB
+"""Sealed and written as text, notes take a third more."""
 
 MAX_BLOB_BYTES = 16 * MiB
 """Plain size of one blob; chunks are far smaller, config blobs may reach it."""
@@ -69,6 +71,9 @@ MAX_UPLOADING_BYTES = 64 * MiB
 
 MAX_LIVE_SESSIONS = 256
 """Sessions of one repository that clients are attached to at once."""
+
+MAX_CLOCK_SKEW_MS = 15 * 60 * 1000
+"""By how much the time of a sealed snapshot may be off a server's clock, if the client is not trusted with times."""
 
 MAX_READINGS = 1024
 """Readings of one repository at once."""

@@ -27,7 +27,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgpack
 
-from casbackup.errors import CasbackupError, ClosureViolation, SessionBusy, SessionNotFound, SnapshotNotFound
+from casbackup.errors import (
+    CasbackupError,
+    ClosureViolation,
+    CommitOutdated,
+    SessionBusy,
+    SessionNotFound,
+    SnapshotNotFound,
+)
 from casbackup.fs import FileLock, translated, write_durably
 from casbackup.ids import ZERO_ID, BlobId, Namespace, SessionId, VmName, new_session_id
 from casbackup.repository import adoption
@@ -280,12 +287,15 @@ class Session:
     def commit(self, draft: Manifest) -> Snapshot:
         """Make the snapshot visible: the manifest's rename is the commit point. The session is over.
 
-        The time is moved on by milliseconds while it is taken; sequence and parent are filled in here.
+        The time is moved on by milliseconds while it is taken; sequence and parent are filled in here. Of a sealed
+        manifest nothing can be changed here.
 
         1. blobs durable and indexed; 2. manifest written, synced, renamed into place; 3. index's copy put,
         session's row dropped.
 
         :raise ClosureViolation: when a disk's root or a config is not stored.
+        :raise CommitOutdated: when a sealed manifest has not the next number, or a time that is taken; the session
+        goes on.
         """
         with self._commit_lock:
             self._require_attached()
@@ -371,11 +381,13 @@ class Session:
     def _write_manifest(self, txn: Transaction, draft: Manifest) -> Snapshot:
         repository = self._repository
         previous = repository.catalog.last_in(txn, draft.namespace, draft.vm)
-        manifest = replace(
-            draft,
-            sequence=previous.manifest.sequence + 1 if previous else 1,
-            parent=previous.id if previous else None,
-        )
+        number = previous.manifest.sequence + 1 if previous else 1
+        if draft.sealed:
+            manifest = draft
+            if draft.sequence != number:
+                raise CommitOutdated(f"the next snapshot of {draft.vm} has number {number}, not {draft.sequence}")
+        else:
+            manifest = replace(draft, sequence=number, parent=previous.id if previous else None)
         repository.fs.make_folders(repository.layout.vm_folder(draft.namespace, draft.vm))
         while True:
             key = SnapshotKey(manifest.namespace, manifest.vm, manifest.time_ms)
@@ -383,7 +395,7 @@ class Session:
             if orphan or read_copy(txn, repository.index, key) is not None:
                 # Taken, or was taken by one whose removal was cut short: its copy must not be believed to be ours, nor
                 # its sidecar.
-                manifest = replace(manifest, time_ms=manifest.time_ms + 1)
+                manifest = _a_moment_later(manifest)
                 continue
             data, snapshot_id = encode_manifest(manifest)
             try:
@@ -391,7 +403,7 @@ class Session:
                     write_durably(repository.fs, repository.layout.manifest(key), data, replace=False)
                 return Snapshot(snapshot_id, manifest)
             except FileExistsError:
-                manifest = replace(manifest, time_ms=manifest.time_ms + 1)
+                manifest = _a_moment_later(manifest)
 
     def _remember(self, txn: Transaction, snapshot: Snapshot) -> None:
         store_copy(txn, self._repository.index, snapshot.key, encode_manifest(snapshot.manifest)[0])
@@ -460,6 +472,13 @@ class Session:
         """Its row is gone: nobody will look at its lock again."""
         self._repository.fs.remove(self._repository.layout.session_lock(self.id))
         self.park()
+
+
+def _a_moment_later(manifest: Manifest) -> Manifest:
+    """:raise CommitOutdated: when it is sealed."""
+    if manifest.sealed:
+        raise CommitOutdated(f"there is, or was, a snapshot of {manifest.vm} of the same millisecond")
+    return replace(manifest, time_ms=manifest.time_ms + 1)
 
 
 @contextlib.contextmanager

@@ -151,6 +151,8 @@ class Manifest:
     """Of a snapshot that was imported."""
     live: LiveOrigin | None = None
     """Of a snapshot of a running VM."""
+    sealed: bytes = b""
+    """In an encrypted repository: all of the manifest, which shows but a part of itself otherwise."""
 
     @property
     def size_bytes(self) -> int:
@@ -169,7 +171,7 @@ class Sidecar:
 
 def encode_manifest(manifest: Manifest) -> tuple[bytes, SnapshotId]:
     """The file's bytes and the snapshot's id."""
-    body: bytes = msgpack.packb(_to_map(manifest), unicode_errors="surrogateescape")
+    body = encode_body(manifest)
     head = _HEADER.pack(MANIFEST, VERSION, 0, len(body)) + body
     data = head + blake3(head).digest()
     return data, SnapshotId(blake3(data).hexdigest())
@@ -187,12 +189,20 @@ def decode_manifest(data: bytes, origin: str) -> tuple[Manifest, SnapshotId]:
         raise ManifestDamaged(f"manifest {origin} does not start like one")
     if blake3(data[:-_CHECKSUM_BYTES]).digest() != data[-_CHECKSUM_BYTES:]:
         raise ManifestDamaged(f"manifest {origin} fails its checksum")
+    return decode_body(data[_HEADER.size : -_CHECKSUM_BYTES], origin), SnapshotId(blake3(data).hexdigest())
+
+
+def encode_body(manifest: Manifest) -> bytes:
+    body: bytes = msgpack.packb(_to_map(manifest), unicode_errors="surrogateescape")
+    return body
+
+
+def decode_body(data: bytes, origin: str) -> Manifest:
+    """:raise ManifestDamaged: when it is not the body of a manifest."""
     try:
-        body = msgpack.unpackb(data[_HEADER.size : -_CHECKSUM_BYTES], unicode_errors="surrogateescape")
-        manifest = _from_map(body)
+        return _from_map(msgpack.unpackb(data, unicode_errors="surrogateescape"))
     except (ValueError, TypeError, KeyError, InvalidName, msgpack.UnpackException) as error:
         raise ManifestDamaged(f"manifest {origin} is not understood: {error}") from error
-    return manifest, SnapshotId(blake3(data).hexdigest())
 
 
 def encode_sidecar(sidecar: Sidecar) -> bytes:
@@ -231,6 +241,8 @@ def _to_map(manifest: Manifest) -> dict[str, Any]:
         body["archive"] = _archive_map(manifest.archive)
     if manifest.live is not None:
         body["live"] = _live_map(manifest.live)
+    if manifest.sealed:
+        body["sealed"] = manifest.sealed
     return body
 
 
@@ -273,6 +285,7 @@ def _from_map(body: Mapping[str, Any]) -> Manifest:
         stats=BackupStats(**{name: _typed(stats.get(name, 0), int) for name in BackupStats.__slots__}),
         archive=_archive(_typed(body["archive"], dict)) if "archive" in body else None,
         live=_live(_typed(body["live"], dict)) if "live" in body else None,
+        sealed=_typed(body.get("sealed", b""), bytes),
     )
     origin = manifest.archive
     if origin and (len(origin.disks) != len(manifest.disks) or len(origin.configs) != len(manifest.configs)):

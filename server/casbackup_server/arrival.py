@@ -11,8 +11,8 @@ from casbackup.limits import (
     MAX_CONFIGS,
     MAX_DISKS,
     MAX_LABELS,
-    MAX_NOTES_BYTES,
     MAX_QUESTION_IDS,
+    MAX_STORED_NOTES_BYTES,
 )
 from casbackup.repository.adoption import check_roots
 from casbackup.repository.repository import Repository
@@ -46,8 +46,10 @@ def check_draft(repository: Repository, draft: Manifest) -> None:
 
     :raise UsageError: when a limit is exceeded or a name wrong. :raise NodeInvalid: when a root is not of its disk.
     """
-    if draft.sequence or draft.parent is not None:
+    if not draft.sealed and (draft.sequence or draft.parent is not None):
         raise ServerProtocolError("the server numbers snapshots itself")
+    if bool(draft.sealed) != repository.config.encrypted:
+        raise UsageError("manifests are sealed in an encrypted repository, and nowhere else")
     check_manifest(draft)
     check_roots(repository, draft)
 
@@ -77,5 +79,5 @@ def check_texts(labels: tuple[str, ...], notes: str) -> None:
         size = len(notes.encode())
     except UnicodeEncodeError as error:
         raise InvalidName("the notes are not valid text") from error
-    if size > MAX_NOTES_BYTES:
-        raise UsageError(f"the notes have more than {MAX_NOTES_BYTES} bytes")
+    if size > MAX_STORED_NOTES_BYTES:
+        raise UsageError(f"the notes have more than {MAX_STORED_NOTES_BYTES} bytes")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from casbackup.errors import SnapshotAmbiguous, SnapshotNotFound
 from casbackup.ids import SnapshotId, parse_namespace
-from casbackup.limits import MAX_FORGET, MAX_LABELS, MAX_NOTES_BYTES
+from casbackup.limits import MAX_FORGET, MAX_LABELS, MAX_STORED_NOTES_BYTES
 from casbackup.repository.catalog import Snapshot
 from casbackup_server.arrival import check_texts
 from casbackup_server.context import Context, Ctx, NamespaceQuery, VmQuery, owner_of
@@ -31,7 +31,7 @@ class Annotation(BaseModel):
     id: _SnapshotId
     pinned: bool | None = None
     labels: list[str] | None = Field(default=None, max_length=MAX_LABELS)
-    notes: str | None = Field(default=None, max_length=MAX_NOTES_BYTES)
+    notes: str | None = Field(default=None, max_length=MAX_STORED_NOTES_BYTES)
 
 
 class Forget(BaseModel):

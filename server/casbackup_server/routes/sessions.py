@@ -9,9 +9,16 @@ from typing import Annotated, NamedTuple
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from casbackup.errors import DataDamage, ManifestDamaged, ServerProtocolError
+from casbackup.errors import ClockSkewed, DataDamage, ManifestDamaged, ServerProtocolError
 from casbackup.ids import SessionId, parse_namespace, parse_vm
-from casbackup.limits import MAX_KNOWN_IDS, MAX_MANIFEST_BYTES, MAX_QUESTION_IDS, MAX_REQUEST_BYTES, MAX_UPLOAD_BYTES
+from casbackup.limits import (
+    MAX_CLOCK_SKEW_MS,
+    MAX_KNOWN_IDS,
+    MAX_MANIFEST_BYTES,
+    MAX_QUESTION_IDS,
+    MAX_REQUEST_BYTES,
+    MAX_UPLOAD_BYTES,
+)
 from casbackup.spec.manifest import Manifest, Sidecar, decode_manifest, decode_sidecar
 from casbackup.spec.wire import decode_snapshots, pack_flags, pack_ids, unpack_ids
 from casbackup_server.arrival import check_draft, check_manifest, check_texts, verified_records
@@ -243,7 +250,10 @@ def _copied(body: bytes) -> _Copied:
 
 
 def _prepared(context: Context, draft: Manifest, live: LiveSession) -> Manifest:
-    """The draft, checked; time and host are the server's unless the client is trusted with them."""
+    """The draft, checked; time and host are the server's unless the client is trusted with them.
+
+    In a sealed manifest neither can be changed: its time must be near that of the server.
+    """
     context.access.require(Right.BACKUP, live.namespace, live.vm)
     own = _own(context, live)
     if own is not None:
@@ -252,6 +262,15 @@ def _prepared(context: Context, draft: Manifest, live: LiveSession) -> Manifest:
         check_draft(context.served.repository, draft)
     except DataDamage as damage:
         raise Refusal(422, damage) from damage
-    if context.access.stamps:
+    if context.access.stamps and draft.sealed:
+        _require_near(draft.time_ms, live.attached_ms, context.served.repository.clock.now_ms())
+    elif context.access.stamps:
         return replace(draft, time_ms=live.attached_ms, host=context.access.name)
     return draft
+
+
+def _require_near(time_ms: int, attached_ms: int, now_ms: int) -> None:
+    """:raise ClockSkewed: when it is not a time between the client's coming and now, or near."""
+    off_ms = max(attached_ms - time_ms, time_ms - now_ms)
+    if off_ms > MAX_CLOCK_SKEW_MS:
+        raise ClockSkewed(f"the time of the snapshot is {off_ms // 1000} s off the server's clock")

@@ -1,0 +1,77 @@
+"""What a client has seen of encrypted repositories, so that it notices when one is put back to an older state."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from typing import NamedTuple, Protocol
+
+from casbackup.fs import FileSystem, RealFileSystem, write_durably
+from casbackup.ids import Namespace, SnapshotId, VmName
+
+
+class Seen(NamedTuple):
+    """The number and id of a VM's newest snapshot."""
+
+    sequence: int
+    id: SnapshotId
+
+
+class SeenSnapshots(Protocol):
+    """Remembers the newest snapshot of each VM of each repository. Losing it loses nothing but the noticing."""
+
+    def newest(self, repository_id: str, namespace: Namespace, vm: VmName) -> Seen | None: ...
+
+    def note(self, repository_id: str, namespace: Namespace, vm: VmName, newest: Seen | None) -> None:
+        """None: there is none any more."""
+
+
+class _Forgetful:
+    def newest(self, repository_id: str, namespace: Namespace, vm: VmName) -> Seen | None:
+        return None
+
+    def note(self, repository_id: str, namespace: Namespace, vm: VmName, newest: Seen | None) -> None: ...
+
+
+FORGETFUL = _Forgetful()
+
+
+class SeenFolder:
+    """In a folder, one file a repository: JSON, replaced atomically. What cannot be read counts as not seen, and what
+    cannot be written is not remembered.
+    """
+
+    def __init__(self, folder: str, fs: FileSystem | None = None) -> None:
+        self._folder = folder
+        self._fs = fs or RealFileSystem()
+
+    def newest(self, repository_id: str, namespace: Namespace, vm: VmName) -> Seen | None:
+        found = self._read(repository_id).get(f"{namespace}:{vm}")
+        match found:
+            case [int(sequence), str(snapshot)] if re.fullmatch("[0-9a-f]{64}", snapshot):
+                return Seen(sequence, SnapshotId(snapshot))
+        return None
+
+    def note(self, repository_id: str, namespace: Namespace, vm: VmName, newest: Seen | None) -> None:
+        content = self._read(repository_id)
+        before = content.pop(f"{namespace}:{vm}", None)
+        if newest is not None:
+            content[f"{namespace}:{vm}"] = list(newest)
+        if content.get(f"{namespace}:{vm}") == before:
+            return
+        with contextlib.suppress(OSError):
+            self._fs.make_folders(self._folder)
+            data = json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
+            write_durably(self._fs, self._path(repository_id), data, replace=True)
+
+    def _read(self, repository_id: str) -> dict[str, object]:
+        with contextlib.suppress(OSError, ValueError):
+            content = json.loads(self._fs.read(self._path(repository_id)))
+            if isinstance(content, dict):
+                return content
+        return {}
+
+    def _path(self, repository_id: str) -> str:
+        return os.path.join(self._folder, f"{repository_id}.json")
