@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from casbackup.block.device import read_bytes
 from casbackup.block.nbd.client import NbdClient
+from tests.boot_guest import BOOT_DISK, DISK_BYTES, BootGuest, check_prefix
 
 from .conftest import Casbackup, MiB
 from .serving import document_of, ended
@@ -38,8 +42,8 @@ def check_one_instant(first: bytes, second: bytes) -> None:
     assert count > 100 and [first, second] == expected
 
 
-class Guest:
-    """Writes blocks to two disks in turn, as fast as it can."""
+class Writer:
+    """A guest without a VM: writes blocks to two disks in turn, as fast as it can."""
 
     def __init__(self, uris: list[str]) -> None:
         self._disks = [NbdClient.connect(uri) for uri in uris]
@@ -48,7 +52,7 @@ class Guest:
         self._many = threading.Event()
         self.errors: list[Exception] = []
 
-    def __enter__(self) -> Guest:
+    def __enter__(self) -> Writer:
         self._thread.start()
         assert self._many.wait(20)
         return self
@@ -87,11 +91,11 @@ def test_backups_while_a_guest_writes(cb: Casbackup, start: Start, short: Path) 
     exports = document_of(process)["exports"]
     assert [(e["disk"], e["size_bytes"]) for e in exports] == [("root", SIZE), ("scsi1", SIZE)]
     sources = [f"{export['disk']}={export['snapshot_uri']}" for export in exports]
-    with Guest([export["uri"] for export in exports]) as guest:
+    with Writer([export["uri"] for export in exports]) as writer:
         for _ in range(2):
             cb.ok("backup", "vm/100", *sources, "-q")
             check_one_instant(cb.ok("dump", "vm/100", "root").out, cb.ok("dump", "vm/100", "scsi1").out)
-    assert not guest.errors
+    assert not writer.errors
     assert ended(process) == (0, "", "")
     check_one_instant((cb.folder / "root.raw").read_bytes(), (cb.folder / "data.raw").read_bytes())
 
@@ -109,6 +113,114 @@ def test_too_little_scratch_space_breaks_the_backup_and_not_the_guest(cb: Casbac
         assert read_bytes(guest, 2 * 128 * 1024, BLOCK) == b"b" * BLOCK
     assert cb.json("snapshots")["snapshots"] == []
     assert ended(process)[0] == 0
+
+
+class Machine:
+    """A VM whose disks all come from an ``nbd-proxy``, and the images below."""
+
+    def __init__(self, cb: Casbackup, start: Start, folder: Path) -> None:
+        self._start = start
+        self._folder = folder
+        self.images = {name: cb.folder / f"{name}.raw" for name in ("boot", "a", "b")}
+        for path in self.images.values():
+            path.write_bytes(b"")
+            os.truncate(path, DISK_BYTES)
+        self.images["boot"].write_bytes(BOOT_DISK)
+        self.proxy = self.start_proxy()
+        self.guest = BootGuest(folder, [option for export in self.exports for option in _attached(export)])
+
+    def start_proxy(self) -> subprocess.Popen[bytes]:
+        where = ["--listen", f"unix:{self._folder}/proxy", "--scratch-folder", self._folder]
+        self.proxy = self._start("nbd-proxy", *self.images.values(), *where, "--json")
+        self.exports = document_of(self.proxy)["exports"]
+        return self.proxy
+
+    @property
+    def sources(self) -> list[str]:
+        """Its disks as a backup is told of them."""
+        return [f"{export['disk']}={export['snapshot_uri']}" for export in self.exports]
+
+    def held_backup(self) -> subprocess.Popen[bytes]:
+        """A backup that has the disks open, and waits for a pipe that is never written to before it reads them."""
+        return self._start("backup", "vm/100", "held=-", *self.sources, "-q", stdin=subprocess.PIPE)
+
+    def close(self) -> None:
+        self.guest.kill()
+        self.proxy.kill()
+        self.proxy.communicate()
+
+
+def _attached(export: dict[str, Any]) -> list[str]:
+    number = ("boot", "a", "b").index(export["disk"]) + 1
+    return [*export["qemu"].split(" ", 1), "-device", f"virtio-blk-pci,drive={export['disk']},bootindex={number}"]
+
+
+@pytest.fixture
+def machine(cb: Casbackup, start: Start, short: Path) -> Iterator[Machine]:
+    machine = Machine(cb, start, short)
+    machine.guest.wait_written(256)
+    yield machine
+    machine.close()
+
+
+def writes_in_backup(cb: Casbackup) -> int:
+    """How many writes of the guest the latest backup holds; both disks hold the same ones."""
+    assert cb.ok("dump", "vm/100", "boot").out == BOOT_DISK
+    return check_prefix(cb.ok("dump", "vm/100", "a").out, cb.ok("dump", "vm/100", "b").out)
+
+
+@pytest.mark.qemu
+def test_backups_of_a_running_vm(cb: Casbackup, machine: Machine) -> None:
+    """Each holds its disks at one instant, and the guest sees no error."""
+    counts: list[int] = []
+    for _ in range(2):
+        least = machine.guest.written()
+        cb.ok("backup", "vm/100", *machine.sources, "-q")
+        counts.append(writes_in_backup(cb))
+        assert counts[-1] >= least
+        machine.guest.wait_written(64)
+    assert machine.guest.written() > counts[1] > counts[0]
+    assert not machine.guest.saw_errors()
+    assert not cb.json("check", "--read-data")["damaged"]
+    machine.guest.kill()
+    assert ended(machine.proxy)[0] == 0  # and a line if it was killed within a request
+    assert check_prefix(machine.images["a"].read_bytes(), machine.images["b"].read_bytes()) > counts[1]
+
+
+@pytest.mark.qemu
+def test_a_backup_that_is_killed_costs_the_vm_nothing(cb: Casbackup, machine: Machine) -> None:
+    backup = machine.held_backup()
+    deadline = time.monotonic() + 30
+    while not cb.json("sessions")["sessions"]:
+        assert backup.poll() is None and time.monotonic() < deadline
+    machine.guest.wait_written(256)
+    backup.kill()
+    backup.communicate()
+    killed_at = machine.guest.written()
+    machine.guest.wait_written(256)
+    assert cb.json("snapshots")["snapshots"] == []
+    cb.ok("backup", "vm/100", *machine.sources, "-q")
+    assert writes_in_backup(cb) > killed_at
+    assert not machine.guest.saw_errors()
+
+
+@pytest.mark.qemu
+def test_a_proxy_that_is_killed_and_started_again_costs_the_vm_nothing(cb: Casbackup, machine: Machine) -> None:
+    """QEMU connects anew to the same socket, and what the guest was told is written, is."""
+    backup = machine.held_backup()
+    machine.guest.wait_written(256)
+    machine.proxy.kill()
+    machine.proxy.communicate()
+    _out, err = backup.communicate(timeout=60)
+    assert backup.returncode != 0 and b"casbackup: " in err
+    machine.start_proxy()
+    machine.guest.wait_written(256)
+    cb.ok("backup", "vm/100", *machine.sources, "-q")
+    assert writes_in_backup(cb) >= 256
+    assert not machine.guest.saw_errors()
+    machine.guest.kill()
+    assert ended(machine.proxy)[0] == 0  # and a line if it was killed within a request
+    check_prefix(machine.images["a"].read_bytes(), machine.images["b"].read_bytes())
 
 
 def test_a_disk_in_use_is_not_served_again(cb: Casbackup, start: Start, short: Path) -> None:
