@@ -39,11 +39,12 @@ class NbdClient(Closing):
     * ``NbdConnectionFailed``: it went away, or did not answer in time; the same.
     """
 
-    def __init__(self, pool: Pool, timeout_s: float) -> None:
+    def __init__(self, pool: Pool, timeout_s: float, *, whole_reads: bool = False) -> None:
         self._pool = pool
         self._timeout_s = timeout_s
         self._info = pool.info
         self._payload_bytes = min(_PAYLOAD_BYTES, self._info.max_block_bytes)
+        self._read_flags = nbd.CMD_FLAG_DF if whole_reads and ExportFlag.SEND_DF in self._info.flags else 0
         self.size_bytes = self._info.size_bytes
         self.capabilities = _capabilities(self._info)
 
@@ -55,11 +56,13 @@ class NbdClient(Closing):
         connect_timeout_s: float = 10.0,
         timeout_s: float = 60.0,
         max_connections: int = MAX_CONNECTIONS,
+        whole_reads: bool = False,
     ) -> NbdClient:
         """Connect to the export of an address or URI.
 
         ``timeout_s`` bounds each reply, ten times that a flush. ``max_connections`` counts only for servers
-        that allow several.
+        that allow several. ``whole_reads``: no holes within what is read. QEMU hangs up when it cannot read, if it
+        looks for holes meanwhile; without, it reports the error.
 
         :raise UsageError: for a URI that is malformed, or certificates that cannot be used.
         :raise NbdConnectionFailed: when there is no server, or it refuses the export.
@@ -70,11 +73,11 @@ class NbdClient(Closing):
         def open_one() -> Connection:
             return Connection.open(target, connect_timeout_s=connect_timeout_s, timeout_s=timeout_s)
 
-        return cls(open_pool(open_one(), open_one, max_connections), timeout_s)
+        return cls(open_pool(open_one(), open_one, max_connections), timeout_s, whole_reads=whole_reads)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         with self._connection() as connection:
-            connection.run(self._pieces(Command.READ, offset, buffer))
+            connection.run(self._pieces(Command.READ, offset, buffer, self._read_flags))
 
     def write(self, offset: int, data: Buffer) -> None:
         with self._connection() as connection:
@@ -102,7 +105,7 @@ class NbdClient(Closing):
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """What the server cannot tell the status of is reported as data: reading it then shows why."""
-        if self._info.allocation_context is None:
+        if self._info.context is None:
             return iter([Extent(offset, length, False)])
         return merged(self._statuses(offset, offset + length))
 
@@ -119,9 +122,9 @@ class NbdClient(Closing):
         with self._pool.connection() as connection:
             yield connection
 
-    def _pieces(self, command: Command, offset: int, view: memoryview) -> Iterator[Request]:
+    def _pieces(self, command: Command, offset: int, view: memoryview, flags: int = 0) -> Iterator[Request]:
         for at, count in _steps(offset, len(view), self._payload_bytes):
-            yield Request(command, at, count, view[at - offset : at - offset + count])
+            yield Request(command, at, count, view[at - offset : at - offset + count], flags)
 
     def _write_literal_zeros(self, offset: int, length: int) -> None:
         zeros = memoryview(bytes(min(self._payload_bytes, length)))
@@ -181,7 +184,7 @@ def _capabilities(info: ExportInfo) -> Capabilities:
         can_write_zeros=writable and zeroes,
         zero_is_cheap=writable and zeroes,
         can_trim=writable and ExportFlag.SEND_TRIM in info.flags,
-        knows_zeros=info.allocation_context is not None,
+        knows_zeros=info.context is not None,
         multi_conn=ExportFlag.CAN_MULTI_CONN in info.flags,
         min_block_bytes=info.min_block_bytes,
         preferred_block_bytes=info.preferred_block_bytes,

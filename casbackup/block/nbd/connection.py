@@ -35,8 +35,17 @@ class Connection:
         self._header = memoryview(bytearray(nbd.SIMPLE_REPLY.size))
 
     @classmethod
-    def open(cls, address: NbdAddress, *, connect_timeout_s: float, timeout_s: float) -> Connection:
-        """:raise UsageError: when the certificates for TLS cannot be used.
+    def open(
+        cls,
+        address: NbdAddress,
+        *,
+        connect_timeout_s: float,
+        timeout_s: float,
+        context: bytes = nbd.BASE_ALLOCATION,
+    ) -> Connection:
+        """``context``: what BLOCK_STATUS is to be about.
+
+        :raise UsageError: when the certificates for TLS cannot be used.
 
         :raise NbdConnectionFailed: when there is no server, it refuses, or TLS fails.
 
@@ -47,7 +56,7 @@ class Connection:
             greet(wire)
             if address.tls is not None:
                 wire = _secured(wire, address, address.tls)
-            info = negotiate(wire, address.export)
+            info = negotiate(wire, address.export, context)
         except BaseException:
             wire.close()
             raise
@@ -173,7 +182,7 @@ class Connection:
         ):
             raise request.invalid(f"a chunk of status of {length} bytes")
         (context,) = nbd.STATUS_CONTEXT.unpack(self._wire.receive(nbd.STATUS_CONTEXT.size))
-        if context != self.info.allocation_context:
+        if context != self.info.context:
             raise request.invalid(f"a status of context {context}, which was not asked for")
         request.status = self._wire.receive(descriptors)
 

@@ -14,8 +14,8 @@ from casbackup.errors import CasbackupError, NbdConnectionFailed, NbdProtocolErr
 _MAX_SIZE_BYTES = 1 << 63
 
 
-def negotiate(wire: Wire, export: str) -> ExportInfo:
-    """Choose the export, with structured replies and ``base:allocation`` where the server has them.
+def negotiate(wire: Wire, export: str, context: bytes = nbd.BASE_ALLOCATION) -> ExportInfo:
+    """Choose the export, with structured replies and one meta context where the server has them.
 
     The order is the one that QEMU uses too: structured replies, meta context, GO.
 
@@ -26,8 +26,7 @@ def negotiate(wire: Wire, export: str) -> ExportInfo:
     """
     name = export.encode("utf-8", "surrogateescape")
     structured = _request_structured_replies(wire)
-    context = _request_allocation_context(wire, name) if structured else None
-    return _go(wire, name, structured, context)
+    return _go(wire, name, structured, _request_context(wire, name, context) if structured else None)
 
 
 def greet(wire: Wire) -> None:
@@ -60,9 +59,8 @@ def _request_structured_replies(wire: Wire) -> bool:
     return True
 
 
-def _request_allocation_context(wire: Wire, name: bytes) -> int | None:
+def _request_context(wire: Wire, name: bytes, query: bytes) -> int | None:
     """The context's id; None when the server does not have it or does not know of contexts."""
-    query = nbd.BASE_ALLOCATION
     data = _counted(name) + struct.pack(">I", 1) + _counted(query)
     context: int | None = None
     for kind, payload in _option(wire, nbd.OPT_SET_META_CONTEXT, data):

@@ -199,8 +199,8 @@ class ExportInfo:
     flags: ExportFlag
     structured: bool
     """Structured replies were negotiated; then reads are answered in chunks."""
-    allocation_context: int | None
-    """The id of ``base:allocation`` in status replies; None when the server does not have it."""
+    context: int | None
+    """The id in status replies of the context that was asked for; None when the server does not have it."""
     min_block_bytes: int = 1
     preferred_block_bytes: int = 4 * KiB
     max_block_bytes: int = DEFAULT_MAX_BLOCK_BYTES
