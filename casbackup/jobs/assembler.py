@@ -120,7 +120,7 @@ class Assembler:
         workers: int | None = None,
     ) -> None:
         """``sizes``: of the disks, in bytes. ``budget_bytes``: for pages and the workers' buffers together."""
-        self._sizes = sizes
+        self._sizes = list(sizes)
         self._sink = sink
         self._workers = worker_count() if workers is None else workers
         pages = max(1, (budget_bytes - self._workers * SEGMENT_BYTES) // PAGE_BYTES)
@@ -172,6 +172,15 @@ class Assembler:
                     stop = min(end, (number + 1) * SEGMENT_BYTES)
                     self._zeros_within(disk, number, stop - offset)
                     offset = stop
+
+    def end_stream(self, disk: int, size_bytes: int) -> None:
+        """Nothing more comes of a disk that was given in order, and of whose size only a bound was known before."""
+        with self._condition:
+            self._sizes[disk] = size_bytes
+            key = disk, size_bytes // SEGMENT_BYTES
+            segment = self._open.get(key)
+            if segment is not None and segment.arrived == self._length(*key):
+                self._complete(key, segment)
 
     def finish(self, *, partial: bool = False) -> None:
         """Everything was given: wait until the sink has it. ``partial``: segments may lack some of their bytes."""
