@@ -98,7 +98,11 @@ class Peer(Protocol):
     def open_session(self, namespace: Namespace, vm: VmName) -> PeerSession: ...
 
     def resume_session(self, session: SessionId) -> PeerSession:
-        """:raise SessionNotFound: / :raise SessionBusy: when it cannot be resumed."""
+        """Go on with a session that was parked, or whose client died. Where it cannot be told that nobody works on it,
+        whoever did gets ``SessionBusy`` from now on.
+
+        :raise SessionNotFound: / :raise SessionBusy: when it cannot be resumed.
+        """
 
     def snapshots(self, namespace: Namespace | None = None, vm: VmName | None = None) -> list[Snapshot]:
         """In order of namespace, VM and sequence."""

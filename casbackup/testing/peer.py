@@ -491,11 +491,16 @@ class PeerConformance:
     def check_a_session_has_one_user(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            assert _raises(SessionBusy, lambda: peer.resume_session(session.id))
-            session.park()
-            again = peer.resume_session(session.id)
-            assert _raises(SessionBusy, lambda: peer.resume_session(session.id))
-            again.abort()
+            users = [session]
+            with contextlib.suppress(SessionBusy):
+                users.append(peer.resume_session(session.id))
+            unknown = chunk(b"unknown").id
+            assert [_raises(SessionBusy, partial(user.missing, [unknown])) for user in users] in (
+                [False],
+                [True, False],
+            )
+            users[-1].park()
+            peer.resume_session(session.id).abort()
 
     # --- reading
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from casbackup.errors import NeedsFolder, UsageError
 from casbackup_client.output import Output, is_terminal
+from casbackup_client.signals import LEAVING_S, told_of_signals
 
 if TYPE_CHECKING:
     from casbackup.ids import Namespace
@@ -43,6 +44,7 @@ ENVIRONMENT = {
     "CASBACKUP_NEW_PASSPHRASE": "For `key passwd`: the new passphrase; also with _FD, _FILE or _COMMAND.",
     "CASBACKUP_AGE_IDENTITY": "A file with an identity of age that opens the key; as --identity.",
     "CASBACKUP_CACERT": "A file of certificates (PEM) to trust besides the system's; as --cacert.",
+    "CASBACKUP_PATIENCE": "How long to wait for a server that does not answer any more, such as 10m; default: 2m.",
     "CASBACKUP_CONFIG": "The configuration file, instead of the user's and the system's.",
     "CASBACKUP_DEBUG": "1: print a traceback with every error.",
     "XDG_STATE_HOME": "Below it is what was seen of encrypted repositories; default: ~/.local/state.",
@@ -132,12 +134,14 @@ class App:
         return self.repository_path
 
     @contextlib.contextmanager
-    def peer(self, use: KeyUse = KeyUse.NEEDED) -> Iterator[Peer]:
+    def peer(self, use: KeyUse = KeyUse.NEEDED, *, outlives_signals: bool = False) -> Iterator[Peer]:
         """The repository as jobs want it: in a folder, or on a server; with its key, as far as that is wanted.
+
+        Once a signal came, a server is not waited for any more, unless there is much to do then.
 
         :raise EncryptionError: when the key is needed and cannot be had.
         """
-        with self.stored_peer() as stored:
+        with self.stored_peer(outlives_signals=outlives_signals) as stored:
             if use is KeyUse.NONE:
                 yield stored
                 return
@@ -146,8 +150,8 @@ class App:
             yield unlocked(stored, self.keys, use, self.output.complain)
 
     @contextlib.contextmanager
-    def stored_peer(self) -> Iterator[StoredPeer]:
-        """The repository as it is stored."""
+    def stored_peer(self, *, outlives_signals: bool = False) -> Iterator[StoredPeer]:
+        """The repository as it is stored; ``outlives_signals`` as in ``peer``."""
         path = self.repository_path
         if not is_address(path):
             from casbackup.peer.local import LocalPeer
@@ -157,10 +161,14 @@ class App:
             return
         from casbackup.peer.http.address import parse_address
         from casbackup.peer.http.peer import HttpPeer
-        from casbackup_client.credentials import find_credentials
+        from casbackup_client.credentials import find_credentials, find_patience
 
-        address = parse_address(path)
-        with HttpPeer(address, find_credentials(self._profile, self.environment, self.cacert_option)) as peer:
+        credentials = find_credentials(self._profile, self.environment, self.cacert_option)
+        patience_s = find_patience(self._profile, self.environment)
+        with contextlib.ExitStack() as stack:
+            peer = stack.enter_context(HttpPeer(parse_address(path), credentials, patience_s=patience_s))
+            if not outlives_signals:
+                stack.enter_context(told_of_signals(lambda: peer.give_up(LEAVING_S)))
             yield peer
 
     @cached_property
@@ -181,10 +189,12 @@ class App:
         """
         from casbackup.peer.http.address import parse_address
         from casbackup.peer.http.rest import RestClient
-        from casbackup_client.credentials import find_credentials
+        from casbackup_client.credentials import find_credentials, find_patience
 
         address = parse_address(self.repository_path)
-        with RestClient(address, find_credentials(self._profile, self.environment, self.cacert_option)) as client:
+        credentials = find_credentials(self._profile, self.environment, self.cacert_option)
+        patience_s = find_patience(self._profile, self.environment)
+        with RestClient(address, credentials, patience_s=patience_s) as client:
             yield client
 
     @contextlib.contextmanager

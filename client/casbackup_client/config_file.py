@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from casbackup.errors import CasbackupError, ConfigInvalid
 from casbackup.ids import parse_namespace
+from casbackup.units import parse_duration
 
 SYSTEM_FILE = "/etc/casbackup/config.toml"
 
@@ -44,6 +45,7 @@ class Profile(NamedTuple):
     passphrase_file: str | None = None
     passphrase_command: str | None = None
     identity: str | None = None
+    patience: str | None = None
 
     def __repr__(self) -> str:
         return f"Profile(repository={self.repository!r})"
@@ -183,7 +185,17 @@ def _profile(checker: _Checker, name: str, table: Mapping[str, Any]) -> Profile:
         _path(checker, checker.text(table, "passphrase-file", place)),
         checker.text(table, "passphrase-command", place),
         _path(checker, checker.text(table, "identity", place)),
+        _duration(checker, checker.text(table, "patience", place), place),
     )
+
+
+def _duration(checker: _Checker, text: str | None, place: tuple[str, ...]) -> str | None:
+    if text is not None:
+        try:
+            parse_duration(text)
+        except CasbackupError as error:
+            raise checker.wrong("patience", place, str(error)) from error
+    return text
 
 
 def _path(checker: _Checker, text: str | None) -> str | None:

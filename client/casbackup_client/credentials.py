@@ -1,4 +1,4 @@
-"""The token for a server, and whom to trust. A token is never printed, and no error quotes it.
+"""The token for a server, whom to trust, and how long to wait. A token is never printed, and no error quotes it.
 
 Whence the token: ``CASBACKUP_TOKEN``, then ``CASBACKUP_TOKEN_FILE``, then ``CASBACKUP_TOKEN_COMMAND``, then the same
 of the profile: ``token``, ``token-file``, ``token-command``. Without any, the server is asked without.
@@ -11,7 +11,9 @@ import subprocess
 from collections.abc import Mapping
 
 from casbackup.errors import ConfigInvalid, UsageError
+from casbackup.peer.http.patience import PATIENCE_S
 from casbackup.peer.http.transport import Credentials
+from casbackup.units import parse_duration
 from casbackup_client.config_file import Profile
 
 _COMMAND_S = 60
@@ -24,6 +26,15 @@ def find_credentials(profile: Profile | None, environment: Mapping[str, str], ca
         _token(profile or Profile(), environment),
         cacert or environment.get("CASBACKUP_CACERT") or (profile.cacert if profile is not None else None),
     )
+
+
+def find_patience(profile: Profile | None, environment: Mapping[str, str]) -> float:
+    """Seconds for which a server that does not answer any more is waited for.
+
+    :raise InvalidSize: when what is set is no duration.
+    """
+    text = environment.get("CASBACKUP_PATIENCE") or (profile.patience if profile is not None else None)
+    return PATIENCE_S if text is None else parse_duration(text)
 
 
 def _token(profile: Profile, environment: Mapping[str, str]) -> str | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from casbackup.errors import UsageError
 from casbackup_client.app import App, KeyUse, is_address
 from casbackup_client.config_file import Profile
+from casbackup_client.signals import LEAVING_S, told_of_signals
 
 if TYPE_CHECKING:
     from casbackup.peer.api import Peer, StoredPeer
@@ -59,10 +60,14 @@ def _stored(app: App, end: End) -> Iterator[StoredPeer]:
         return
     from casbackup.peer.http.address import parse_address
     from casbackup.peer.http.peer import HttpPeer
-    from casbackup_client.credentials import find_credentials
+    from casbackup_client.credentials import find_credentials, find_patience
 
     credentials = find_credentials(end.profile, _environment(app, end.profile), app.cacert_option)
-    with HttpPeer(parse_address(end.place), credentials) as peer:
+    patience_s = find_patience(end.profile, app.environment)
+    with (
+        HttpPeer(parse_address(end.place), credentials, patience_s=patience_s) as peer,
+        told_of_signals(lambda: peer.give_up(LEAVING_S)),
+    ):
         yield peer
 
 

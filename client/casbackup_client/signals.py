@@ -6,12 +6,17 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from casbackup.errors import Interrupted
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+LEAVING_S = 10.0
+"""How long what is under way to a server may take once a signal came."""
+
+_told: list[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
@@ -37,8 +42,20 @@ def signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def told_of_signals(action: Callable[[], None]) -> Iterator[None]:
+    """While entered, ``action`` is called, within the signal's handler, before a signal raises ``Interrupted``."""
+    _told.append(action)
+    try:
+        yield
+    finally:
+        _told.remove(action)
+
+
 def _interrupt(number: int, _frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
+    for action in _told:
+        action()
     raise Interrupted(f"stopped by {signal.Signals(number).name}")
 
 

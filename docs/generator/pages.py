@@ -107,6 +107,7 @@ def configuration() -> str:
         ("`profiles.NAME.passphrase-file`", "A file with the passphrase of the key in its first line."),
         ("`profiles.NAME.passphrase-command`", "A command, split as a shell does, that prints it."),
         ("`profiles.NAME.identity`", "A file with an identity of age that opens the key."),
+        ("`profiles.NAME.patience`", "How long to wait for a server that does not answer any more, such as `10m`."),
     ]
     assert len(keys) == 1 + len(config_file.PROFILE_KEYS)
     return _page(

@@ -3,6 +3,9 @@
 A client names itself by an *attachment*, a random number of its own, whenever it speaks of a session. So a request
 that is made twice is told from another client's, and a client may go on after this process was restarted: it resumes
 the session with the same attachment.
+
+Whoever shows the token by which a client was attached may take its place, for that client may have died without a word.
+From then on the session is no business of the old attachment, which cannot come back.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ class LiveSession:
 
     session: Session
     attachment: str
+    owner: str
+    """The token by which the client was attached."""
     namespace: Namespace
     vm: VmName
     heard_s: float
@@ -49,6 +54,26 @@ class LiveSession:
     _flushed: int = 0
     own: OwnBlobs | None = None
     """What an isolated client may be told about; made when the first one asks."""
+    _fenced: set[str] = field(default_factory=set)
+
+    def require(self, attachment: str) -> None:
+        """:raise SessionBusy: when it is another client's."""
+        if attachment in self._fenced:
+            raise SessionBusy(f"session {self.session.id} was taken over by another client with the same token")
+        if attachment != self.attachment:
+            raise SessionBusy(
+                f"another client works on session {self.session.id}; if it died, the session can be resumed at once"
+                f" with the same token, and after {SILENCE_S:.0f} seconds with another one"
+            )
+
+    def hand_over(self, attachment: str, now_ms: int) -> None:
+        """Fence the client that is attached, and attach another one; without effect for one that was fenced itself.
+
+        What is under way for the old one is finished. The new one asks anew, and there is one commit at the most.
+        """
+        if attachment != self.attachment and attachment not in self._fenced:
+            self._fenced.add(self.attachment)
+            self.attachment, self.attached_ms = attachment, now_ms
 
     def missing(self, ids: Sequence[BlobId], own: OwnBlobs | None) -> set[BlobId]:
         """Those that must be sent; with ``own``, all that is not of it, stored or not."""
@@ -115,7 +140,7 @@ class LiveSessions:
 
     # --- sessions
 
-    def open(self, namespace: Namespace, vm: VmName, attachment: str) -> SessionId:
+    def open(self, namespace: Namespace, vm: VmName, attachment: str, owner: str) -> SessionId:
         """A new session; the same one if this client opened it already, for an answer may get lost."""
         with self._attaching:
             with self._lock:
@@ -124,10 +149,19 @@ class LiveSessions:
                         return live.session.id
             self._require_room(len(self._sessions), MAX_LIVE_SESSIONS, "sessions")
             self._repository.require_writable()
-            return self._add(self._repository.sessions.open(namespace, vm), namespace, vm, attachment)
+            return self._add(self._repository.sessions.open(namespace, vm), namespace, vm, attachment, owner)
 
-    def resume(self, session_id: SessionId, attachment: str, allowed: Callable[[Namespace, VmName], None]) -> SessionId:
-        """Attach a client to a session that is parked, or that it is attached to already.
+    def resume(
+        self,
+        session_id: SessionId,
+        attachment: str,
+        owner: str,
+        allowed: Callable[[Namespace, VmName], None],
+        *,
+        take_over: bool = False,
+    ) -> SessionId:
+        """Attach a client to a session that is parked, or that it is attached to already; with ``take_over``, also in
+        the place of another client with the same token.
 
         ``allowed`` raises when the client may not have a session of this VM.
 
@@ -139,11 +173,13 @@ class LiveSessions:
             with self._lock:
                 live = self._sessions.get(session_id)
                 if live is not None:
-                    _require_same(live, attachment)
+                    if take_over and owner == live.owner:
+                        live.hand_over(attachment, self._repository.clock.now_ms())
+                    live.require(attachment)
                     live.heard_s = self._now_s()
                     return session_id
             self._require_room(len(self._sessions), MAX_LIVE_SESSIONS, "sessions")
-            return self._add(self._repository.sessions.resume(session_id), namespace, vm, attachment)
+            return self._add(self._repository.sessions.resume(session_id), namespace, vm, attachment, owner)
 
     @contextlib.contextmanager
     def using(self, session_id: SessionId, attachment: str) -> Iterator[LiveSession]:
@@ -155,7 +191,7 @@ class LiveSessions:
         with self._lock:
             live = self._sessions.get(session_id)
             if live is not None:
-                _require_same(live, attachment)
+                live.require(attachment)
                 live.busy += 1
         if live is None:
             self.owner(session_id)
@@ -225,8 +261,8 @@ class LiveSessions:
         if present >= most:
             raise ServerBusy(f"there are {present} {what} already")
 
-    def _add(self, session: Session, namespace: Namespace, vm: VmName, attachment: str) -> SessionId:
-        live = LiveSession(session, attachment, namespace, vm, self._now_s(), self._repository.clock.now_ms())
+    def _add(self, session: Session, namespace: Namespace, vm: VmName, attachment: str, owner: str) -> SessionId:
+        live = LiveSession(session, attachment, owner, namespace, vm, self._now_s(), self._repository.clock.now_ms())
         with self._lock:
             self._sessions[session.id] = live
         return session.id
@@ -298,11 +334,6 @@ def _first_of(wanted: set[BlobId], ids: Sequence[BlobId]) -> list[bool]:
         flags.append(blob_id in left)
         left.discard(blob_id)
     return flags
-
-
-def _require_same(live: LiveSession, attachment: str) -> None:
-    if live.attachment != attachment:
-        raise SessionBusy(f"another client works on session {live.session.id}")
 
 
 def _park(session: Session) -> None:

@@ -11,6 +11,7 @@ import uvicorn
 
 from casbackup.errors import ConfigInvalid, Interrupted, UsageError
 from casbackup.limits import MAX_UPLOADING_BYTES
+from casbackup.units import parse_duration
 from casbackup_server.app import create_app
 from casbackup_server.audit import Audit
 from casbackup_server.budget import ByteBudget
@@ -25,8 +26,6 @@ from casbackup_server.threads import Threads
 from casbackup_server.tokens import TokenFile
 
 _KEEP_ALIVE_S = 75
-_GRACE_S = 30
-"""How long requests may go on after SIGTERM."""
 _CONNECTIONS = 1024
 _BACKLOG = 512
 
@@ -103,6 +102,14 @@ def _metrics_token(path: str | None) -> str | None:
     return token
 
 
+def _grace_s(settings: Settings) -> int:
+    """:raise ConfigInvalid: when it is no duration."""
+    try:
+        return round(parse_duration(settings.stop_grace))
+    except UsageError as error:
+        raise ConfigInvalid(f"stop-grace: {error}") from error
+
+
 def _gate(settings: Settings, audit: Audit) -> Gate:
     if settings.insecure_no_auth:
         return OpenGate()
@@ -123,7 +130,7 @@ def _config(server: Server, settings: Settings, listen: Listen) -> uvicorn.Confi
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=_GRACE_S,
+        timeout_graceful_shutdown=_grace_s(settings),
         limit_concurrency=_CONNECTIONS,
         backlog=_BACKLOG,
         ssl_certfile=None if tls is None else tls.cert,

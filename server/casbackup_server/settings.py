@@ -89,6 +89,7 @@ class TaskSettings(_Table):
     source: Annotated[str | None, Field(alias="from")] = None
     token_file: PathText | None = None
     cacert: PathText | None = None
+    patience: str | None = None
     vms: list[str] = []
     last: Annotated[int | None, Field(ge=1)] = None
     mirror: bool = False
@@ -110,7 +111,7 @@ class NotifySettings(_Table):
 
 
 class Settings(_Table):
-    """All of it."""
+    """All of it. ``stop_grace``: how long requests may go on when the server is stopped."""
 
     listen: str = "127.0.0.1:8007"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -118,6 +119,7 @@ class Settings(_Table):
     audit_log: PathText | None = None
     metrics_token_file: PathText | None = None
     timezone: str = "UTC"
+    stop_grace: str = "30s"
     tls: TlsSettings | None = None
     notify: NotifySettings = NotifySettings()
     repositories: dict[str, RepositorySettings] = {}

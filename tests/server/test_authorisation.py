@@ -55,7 +55,9 @@ def calls(running: Running) -> dict[str, Call]:
     snapshot = with_config(running, b"x" * 4096)
     copy = replace(snapshot.manifest, sequence=7, time_ms=TIME_MS + 5)
     live = running.server.repositories[NAME].live
-    sessions = iter([live.open(DEFAULT_NAMESPACE, VmName("vm/100"), ATTACHMENT[:-1] + digit) for digit in "0123456789"])
+    sessions = iter(
+        [live.open(DEFAULT_NAMESPACE, VmName("vm/100"), ATTACHMENT[:-1] + digit, "nobody") for digit in "0123456789"]
+    )
     record = chunk(b"y" * 100)
     body = record.header + bytes(record.payload)
 

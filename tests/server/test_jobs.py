@@ -30,7 +30,8 @@ from casbackup_server.jobs.schedule import scheduled
 from casbackup_server.jobs.task import OtherEnd, Outcome, Task, forget_task, sync_task
 from casbackup_server.settings import read_settings
 
-from .conftest import NAME, Running, committed
+from .conftest import NAME, Running, committed, serving
+from .proxy import Proxy
 
 HTTP = urllib3.PoolManager(retries=False)
 
@@ -89,6 +90,32 @@ def test_gc_and_check(running: Running) -> None:
     assert [job["task"] for job in ask(running, "GET")["jobs"]] == ["check", "gc"]
     assert "marking" in ask(running, "GET", f"/{ended['id']}/log")["lines"]
     assert ask(running, "GET", f"/{ended['id']}/log?after=1000")["lines"] == []
+
+
+@pytest.mark.parametrize("how", ["stalled", "down"])
+def test_a_sync_whose_other_end_is_stuck_is_cancelled_at_once(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the server stops soon, too: it cancels what runs."""
+    monkeypatch.setattr("casbackup.peer.http.transport._BRIEF", urllib3.Timeout(connect=0.5, read=0.5))
+    monkeypatch.setattr("casbackup_server.jobs.task._LEAVING_S", 0.5)
+    with serving(tmp_path / "there") as there, serving(tmp_path / "here") as here, Proxy(there.port) as proxy:
+        committed(here.local(), b"x" * 100_000)
+        proxy.latency_s = 3600 if how == "stalled" else 0.0
+        if how == "down":
+            proxy.cut_after_bytes = 1000
+            proxy._target = 9
+        task = sync_task(
+            "off", OtherEnd(f"http://127.0.0.1:{proxy.port}/{NAME}", False), SnapshotFilter(), mirror=False
+        )
+        runner = JobRunner("x", here.repository, [task])
+        job = runner.start(task, "test")
+        _until(lambda: proxy.connections, bool)
+        time.sleep(0.5)
+        began_s = time.monotonic()
+        runner.close()
+        assert time.monotonic() - began_s < 5
+        assert runner.get(job.id).state is JobState.CANCELLED if how == "stalled" else runner.get(job.id).state.is_over
 
 
 def test_damage_makes_a_check_fail(running: Running) -> None:

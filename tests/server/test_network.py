@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import random
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import urllib3
 
 from casbackup.codec.codec import PLAIN
 from casbackup.errors import ServerUnreachable, SessionBusy, SessionNotFound
@@ -17,12 +21,14 @@ from casbackup.ids import DEFAULT_NAMESPACE, BlobId, VmName
 from casbackup.peer.http.address import parse_address
 from casbackup.peer.http.peer import HttpPeer
 from casbackup.peer.http.session import HttpSession
+from casbackup.peer.http.transport import Transport
 from casbackup.repository.check import CheckOptions, check
 from casbackup.repository.repository import Repository
 from casbackup.spec.record import Record
 from casbackup.testing.peer import chunk, stored_disk
+from casbackup_server.rights import Right
 
-from .conftest import NAME, Result, Running, ServerProcess, client, session_in
+from .conftest import NAME, Result, Running, ServerProcess, client, committed, grant, session_in
 from .proxy import Proxy
 
 MiB = 1024 * 1024
@@ -157,23 +163,71 @@ def test_what_was_acknowledged_survives_a_kill_of_the_server(process: ServerProc
         again.abort()
 
 
-def test_a_killed_client_is_resumed(process: ServerProcess, tmp_path: Path, run: Run) -> None:
-    """Its session is busy until the server has not heard of it for a while; a new client finds what it stored."""
-    with HttpPeer(parse_address(process.url)) as peer:
+def test_a_session_is_taken_over_with_the_same_token(guarded: Running) -> None:
+    """The client may be dead; if it is not, it must not go on beside the new one."""
+    token, another = grant(guarded.folder, Right.BACKUP), grant(guarded.folder, Right.BACKUP)
+    with guarded.peer(token) as peer, guarded.peer(token) as other, guarded.peer(another) as stranger:
         session = peer.open_session(DEFAULT_NAMESPACE, VM)
+        draft = stored_disk(session, b"x" * 5000)
         records = chunks(40)
         session.send(records)
-        with HttpPeer(parse_address(process.url)) as other:
+        with pytest.raises(SessionBusy, match="same token"):
+            stranger.resume_session(session.id)
+        resumed = other.resume_session(session.id)
+        assert resumed.id == session.id
+        assert resumed.missing([record.id for record in records]) == set()
+        for use in (
+            lambda: session.missing([chunk(b"new").id]),
+            lambda: session.send(chunks(1, seed=2)),
+            lambda: session.commit(draft),
+            session._attach,  # as after the server was restarted
+            session.abort,
+        ):
             with pytest.raises(SessionBusy):
-                other.resume_session(session.id)
-            process.stop()
-            process.start()
-            resumed = other.resume_session(session.id)
-            assert resumed.missing([record.id for record in records]) == set()
-            with pytest.raises(SessionBusy):  # the old client must not go on beside the new one
-                session.flush()
-                session.missing([chunk(b"new").id])
-            resumed.abort()
+                use()
+        assert resumed.commit(draft).manifest.disks == draft.disks
+        assert len(guarded.local().snapshots()) == 1
+
+
+def test_a_fenced_client_does_not_come_back(guarded: Running) -> None:
+    """A request to take over that arrives twice, the second time after somebody else did the same."""
+    token = grant(guarded.folder, Right.BACKUP)
+    live = guarded.server.repositories[NAME].live
+    with guarded.peer(token) as first, guarded.peer(token) as second, guarded.peer(token) as third:
+        session = first.open_session(DEFAULT_NAMESPACE, VM)
+        late = second.resume_session(session.id)
+        last = third.resume_session(session.id)
+        with pytest.raises(SessionBusy, match="taken over"):
+            live.resume(session.id, late._attachment, "token0", lambda *_: None, take_over=True)
+        assert last.missing([chunk(b"new").id]) == {chunk(b"new").id}
+        last.abort()
+
+
+def test_the_time_of_a_snapshot_is_that_of_the_client_that_made_it(guarded: Running) -> None:
+    token = grant(guarded.folder, Right.BACKUP)
+    with guarded.peer(token) as peer, guarded.peer(token) as other:
+        session = peer.open_session(DEFAULT_NAMESPACE, VM)
+        draft = stored_disk(session, b"x" * 5000)
+        time.sleep(0.05)
+        now_ms = guarded.repository.clock.now_ms()
+        assert other.resume_session(session.id).commit(draft).manifest.time_ms >= now_ms
+
+
+def test_a_killed_client_is_resumed_at_once(process: ServerProcess, tmp_path: Path, run: Run) -> None:
+    source = disk(tmp_path, 48)
+    with Proxy(process.port, bytes_per_s=24 * MiB) as proxy:
+        url = f"http://127.0.0.1:{proxy.port}/{NAME}"
+        backup = client("-r", url, "backup", "vm/100", f"scsi0={source}")
+        while proxy.passed_bytes < 24 * MiB:
+            time.sleep(0.01)
+        backup.kill()
+        backup.communicate(timeout=60)
+        (session,) = json.loads(run("-r", process.folder, "sessions", "--json").out)["sessions"]
+        passed_before, proxy.bytes_per_s = proxy.passed_bytes, 0
+        result = run("-r", url, "backup", "vm/100", f"scsi0={source}", "--resume", session["id"])
+        assert result.status == 0, result.err
+        assert proxy.passed_bytes - passed_before < 40 * MiB
+    sound(process.folder)
 
 
 def test_sigterm_parks_sessions_and_ends_well(process: ServerProcess, tmp_path: Path, run: Run) -> None:
@@ -263,6 +317,115 @@ def test_silent_sessions_are_parked(running: Running) -> None:
         assert session.missing([chunk(b"other").id]) == {chunk(b"other").id}
         assert session.missing([record.id for record in chunks(3)]) == set()
         session.abort()
+
+
+# --- giving up
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes seconds elsewhere takes less."""
+    monkeypatch.setattr("casbackup.peer.http.transport._BRIEF", urllib3.Timeout(connect=0.5, read=0.5))
+
+
+@pytest.mark.parametrize("how", ["stalled", "down"])
+def test_a_session_is_left_soon(running: Running, short: None, how: str) -> None:
+    """Connections that say nothing more, or a server that is gone: nobody waits for what is under way."""
+    with Proxy(running.port) as proxy, HttpPeer(parse_address(f"http://127.0.0.1:{proxy.port}/{NAME}")) as peer:
+        session = peer.open_session(DEFAULT_NAMESPACE, VM)
+        proxy.latency_s = 3600 if how == "stalled" else 0
+        if how == "down":
+            proxy.__exit__(None, None, None)
+        for start in range(0, 200, 20):
+            session.send_soon(chunks(200)[start : start + 20], lambda _: None)
+        time.sleep(0.3)
+        began_s = time.monotonic()
+        peer.give_up(0.5)
+        with pytest.raises(ServerUnreachable):
+            session.flush()
+        session.park()
+        assert time.monotonic() - began_s < 5
+
+
+def test_when_patience_is_over_nothing_else_waits(running: Running, short: None) -> None:
+    with Proxy(running.port) as proxy:
+        snapshot = committed(running.local(), b"x" * 5000)
+        address = parse_address(f"http://127.0.0.1:{proxy.port}/{NAME}")
+        with HttpPeer(address, patience_s=1.0) as peer, contextlib.ExitStack() as readings:
+            for _ in range(30):
+                readings.enter_context(peer.reading(snapshot))
+            session = peer.open_session(DEFAULT_NAMESPACE, VM)
+            proxy.__exit__(None, None, None)
+            began_s = time.monotonic()
+            with pytest.raises(ServerUnreachable):
+                session.missing([chunk(b"x").id])
+            session.park()
+            readings.close()
+            assert time.monotonic() - began_s < 4
+
+
+def test_a_body_may_take_long_to_send(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than a connection may take to be made."""
+    monkeypatch.setattr("casbackup.peer.http.transport._TIMEOUT", urllib3.Timeout(connect=0.2, read=20))
+    with slow_reader() as port:
+        transport = Transport(parse_address(f"http://127.0.0.1:{port}/{NAME}"), patience_s=0)
+        assert transport.request("POST", "/x", bytes(8 * MiB)) == b"ok"
+
+
+@contextlib.contextmanager
+def slow_reader() -> Iterator[int]:
+    """The port of a server that takes 8 MiB in a second, and then answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 * 1024)
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                left = 8 * MiB
+                while left > 0 and (piece := connection.recv(64 * 1024)):
+                    left -= len(piece)
+                    time.sleep(len(piece) / (8 * MiB))
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield int(server.getsockname()[1])
+        thread.join()
+
+
+def test_the_patience_of_a_command_is_set(process: ServerProcess, tmp_path: Path) -> None:
+    """A server that goes away in mid-upload, for good; the session is named for all that."""
+    source = disk(tmp_path, 48)
+    with Proxy(process.port, bytes_per_s=16 * MiB) as proxy:
+        url = f"http://127.0.0.1:{proxy.port}/{NAME}"
+        backup = client("-r", url, "backup", "vm/100", f"scsi0={source}", CASBACKUP_PATIENCE="1s")
+        while proxy.passed_bytes < 8 * MiB:
+            time.sleep(0.01)
+        process.kill()
+        began_s = time.monotonic()
+        _, err = backup.communicate(timeout=60)
+        assert time.monotonic() - began_s < 15
+    assert backup.returncode == 1, err
+    assert "cannot be reached" in err
+    session_in(err)
+
+
+def test_a_signal_ends_the_waiting(process: ServerProcess, tmp_path: Path) -> None:
+    source = disk(tmp_path, 48)
+    with Proxy(process.port, bytes_per_s=16 * MiB) as proxy:
+        url = f"http://127.0.0.1:{proxy.port}/{NAME}"
+        backup = client("-r", url, "backup", "vm/100", f"scsi0={source}")
+        while proxy.passed_bytes < 8 * MiB:
+            time.sleep(0.01)
+        process.kill()
+        time.sleep(1)
+        assert backup.poll() is None
+        began_s = time.monotonic()
+        backup.terminate()
+        _, err = backup.communicate(timeout=60)
+        assert time.monotonic() - began_s < 20
+    assert backup.returncode == 130, err
+    session_in(err)
 
 
 def test_no_server_is_soon_said(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from casbackup.ids import BlobId, Namespace, SessionId, SnapshotId, VmName
 from casbackup.limits import MAX_FORGET
 from casbackup.peer.http.address import Address
 from casbackup.peer.http.heartbeat import Heartbeat
+from casbackup.peer.http.patience import PATIENCE_S
 from casbackup.peer.http.repository import RemoteRepository
 from casbackup.peer.http.session import HttpSession, new_attachment
-from casbackup.peer.http.transport import ANONYMOUS, PATIENCE_S, Credentials, Transport
+from casbackup.peer.http.transport import ANONYMOUS, Credentials, Transport
 from casbackup.peer.usage import UsageReport, usage_from_map
 from casbackup.repository.catalog import Snapshot
 from casbackup.spec.config import RepositoryConfig
@@ -47,6 +48,13 @@ class HttpPeer:
     def close(self) -> None:
         self._transport.close()
 
+    def give_up(self, within_s: float = 0.0) -> None:
+        """Try nothing again from now on, and have what is under way end within this time: somebody wants to leave.
+
+        From any thread, and without waiting.
+        """
+        self._transport.give_up(within_s)
+
     @property
     def config(self) -> RepositoryConfig:
         if self._config is None:
@@ -64,7 +72,7 @@ class HttpPeer:
 
     def resume_session(self, session: SessionId) -> HttpSession:
         attachment = new_attachment()
-        answer = self._remote.ask(f"/sessions/{session}/resume", {"attachment": attachment})
+        answer = self._remote.ask(f"/sessions/{session}/resume", {"attachment": attachment, "take_over": True})
         return self._session(answer, attachment)
 
     def snapshots(self, namespace: Namespace | None = None, vm: VmName | None = None) -> list[Snapshot]:
@@ -101,7 +109,7 @@ class HttpPeer:
             self._heartbeat.remove(reading)
             self._readings.remove(reading)
             with contextlib.suppress(CasbackupError):
-                self._remote.request("POST", f"/readings/{reading}/end", b"")
+                self._remote.request("POST", f"/readings/{reading}/end", b"", is_last_word=True)
 
     def annotate(
         self,

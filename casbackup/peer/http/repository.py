@@ -75,8 +75,11 @@ class RemoteRepository:
         *,
         headers: Mapping[str, str] | None = None,
         query: Mapping[str, str] | None = None,
+        is_last_word: bool = False,
     ) -> bytes:
-        return self.transport.request(method, self._path + path, body, headers=headers, query=query)
+        return self.transport.request(
+            method, self._path + path, body, headers=headers, query=query, is_last_word=is_last_word
+        )
 
     def ask(self, path: str, content: object) -> dict[str, Any]:
         """POST JSON, get a JSON object.

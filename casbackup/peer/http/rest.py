@@ -18,7 +18,8 @@ from urllib.parse import quote, urlencode
 
 from casbackup.errors import ServerProtocolError, ServerUnreachable
 from casbackup.peer.http.address import Address
-from casbackup.peer.http.transport import ANONYMOUS, PATIENCE_S, Credentials, Transport
+from casbackup.peer.http.patience import PATIENCE_S
+from casbackup.peer.http.transport import ANONYMOUS, Credentials, Transport
 from casbackup.spec.wire import VERSION
 from casbackup.units import MiB
 

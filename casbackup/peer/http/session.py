@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
-from casbackup.errors import BlobDamaged, ServerProtocolError, SessionDetached, SessionNotFound
+from casbackup.errors import (
+    BlobDamaged,
+    CasbackupError,
+    ServerProtocolError,
+    SessionBusy,
+    SessionDetached,
+    SessionNotFound,
+)
 from casbackup.ids import ID_BYTES, BlobId, SessionId
 from casbackup.limits import MAX_QUESTION_IDS
 from casbackup.peer.http.heartbeat import Heartbeat
@@ -95,14 +103,16 @@ class HttpSession:
         self._leave("abort")
 
     def park(self) -> None:
-        self._leave("park")
+        """Where that cannot be said, the server finds it out by the silence."""
+        with contextlib.suppress(CasbackupError):
+            self._leave("park")
 
     def _leave(self, how: str) -> None:
         if self._ended:
             return
         self._end()
         try:
-            self._once("POST", f"/{how}", b"")
+            self._once("POST", f"/{how}", b"", is_last_word=how == "park")
         except (SessionNotFound, SessionDetached):
             if how == "abort":
                 self._abort_detached()
@@ -112,7 +122,7 @@ class HttpSession:
         try:
             self._attach()
             self._once("POST", "/abort", b"")
-        except SessionNotFound:
+        except (SessionNotFound, SessionBusy):
             return
 
     def _end(self) -> None:
@@ -171,8 +181,9 @@ class HttpSession:
         self._uploads.forget()
         self._remote.ask(f"{self._path}/resume", {"attachment": self._attachment})
 
-    def _once(self, method: str, path: str, body: bytes | None) -> bytes:
-        return self._remote.request(method, self._path + path, body, headers={ATTACHMENT_HEADER: self._attachment})
+    def _once(self, method: str, path: str, body: bytes | None, *, is_last_word: bool = False) -> bytes:
+        headers = {ATTACHMENT_HEADER: self._attachment}
+        return self._remote.request(method, self._path + path, body, headers=headers, is_last_word=is_last_word)
 
 
 def known_ids(body: bytes) -> list[BlobId]:

@@ -1,38 +1,46 @@
 """Requests to one server: a pool of connections, and patience with what passes.
 
 What passes is tried again: no connection, a broken one, a server that is busy (429, 502, 503, 504). Everything else is
-final. A server that has never answered gets ``FIRST_PATIENCE_S``, one that has ``PATIENCE_S``: it may be restarting.
-So every request must be one that may be made twice.
+final. So every request must be one that may be made twice.
 """
 
 from __future__ import annotations
 
 import contextlib
-import random
+import socket
 import ssl
-import time
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlencode
 
 import urllib3
-from urllib3.exceptions import HTTPError, NameResolutionError, SSLError
+from urllib3.connection import HTTPConnection
+from urllib3.exceptions import HTTPError, NameResolutionError, ReadTimeoutError, SSLError
 
 from casbackup import __version__
-from casbackup.errors import CasbackupError, ServerBusy, ServerUnreachable, UsageError
+from casbackup.errors import CasbackupError, ServerUnreachable, UsageError
 from casbackup.peer.http.address import Address
+from casbackup.peer.http.patience import PATIENCE_S, Patience
 from casbackup.peer.http.problems import failure_of
 from casbackup.spec.wire import BINARY
 
-FIRST_PATIENCE_S = 3.0
-PATIENCE_S = 120.0
-
-_CONNECT_S = 10.0
 _ANSWER_S = 300.0
-"""A commit waits for the server's disk."""
-_FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 5.0
+"""A commit waits for the server's disk, and a body for a slow line."""
+_TIMEOUT = urllib3.Timeout(connect=10.0, read=_ANSWER_S)
+_BRIEF = urllib3.Timeout(connect=3.0, read=5.0)
+_SOCKET_OPTIONS = [
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 20),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+]
+"""A machine that does not even acknowledge what arrives is gone after a minute."""
 _CONNECTIONS = 32
+_SENT_BYTES = 256 * 1024
+"""So much must go out within ``_ANSWER_S``."""
 
 T = TypeVar("T")
 
@@ -59,17 +67,15 @@ class Transport:
         credentials: Credentials = ANONYMOUS,
         *,
         patience_s: float = PATIENCE_S,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._address = address
-        self._patience_s = patience_s
-        self._sleep = sleep
-        self._reached = False
-        self._jitter = random.Random()  # not the one that all of the process shares
+        self._patience = Patience(patience_s)
         self._headers = {"User-Agent": f"casbackup/{__version__}"}
         if credentials.token is not None:
             self._headers["Authorization"] = f"Bearer {credentials.token}"
+        self._connections = _Connections()
         self._pool = _pool(address, credentials)
+        self._pool.ConnectionCls = self._connections.kind(self._pool.ConnectionCls)
 
     @property
     def name(self) -> str:
@@ -85,17 +91,19 @@ class Transport:
         content_type: str = BINARY,
         headers: Mapping[str, str] | None = None,
         query: Mapping[str, str] | None = None,
+        is_last_word: bool = False,
     ) -> bytes:
-        """The body of a successful answer.
+        """The body of a successful answer. ``is_last_word``: of little consequence, so it is tried once and briefly.
 
         :raise ServerUnreachable, ServerBusy: when patience did not help. :raise CasbackupError: what the server says.
         """
 
         def once() -> bytes:
-            with self._answer(method, path, body, content_type, headers, query) as response:
+            timeout = _BRIEF if is_last_word or self._patience.is_lost else _TIMEOUT
+            with self._answer(method, path, body, content_type, headers, query, timeout) as response:
                 return response.data
 
-        return self.patiently(once)
+        return self._patience.run(once, only_once=is_last_word)
 
     @contextlib.contextmanager
     def stream(
@@ -105,26 +113,19 @@ class Transport:
 
         :raise ServerUnreachable: when the connection breaks, while the body is read too.
         """
-        with self._answer(method, path, body, BINARY, headers, None) as response:
+        with self._answer(method, path, body, BINARY, headers, None, _TIMEOUT) as response:
             yield response
 
     def patiently(self, action: Callable[[], T]) -> T:
         """Do it until it succeeds, fails for good, or takes too long."""
-        deadline: float | None = None
-        pause = _FIRST_PAUSE_S
-        while True:
-            try:
-                return action()
-            except (ServerUnreachable, ServerBusy) as failure:
-                if failure.__dict__.get("final"):
-                    raise
-                now = time.monotonic()
-                if deadline is None:
-                    deadline = now + (self._patience_s if self._reached else min(FIRST_PATIENCE_S, self._patience_s))
-                if now + pause > deadline:
-                    raise
-            self._sleep(pause * self._jitter.uniform(0.75, 1.25))
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
+        return self._patience.run(action)
+
+    def give_up(self, within_s: float) -> None:
+        """Try nothing again from now on, and break what connections there are then."""
+        self._patience.end()
+        timer = threading.Timer(within_s, self._connections.break_all)
+        timer.daemon = True
+        timer.start()
 
     def close(self) -> None:
         self._pool.close()
@@ -138,6 +139,7 @@ class Transport:
         content_type: str,
         headers: Mapping[str, str] | None,
         query: Mapping[str, str] | None,
+        timeout: urllib3.Timeout,
     ) -> Iterator[urllib3.BaseHTTPResponse]:
         sent = {**self._headers, **(headers or {})}
         if body is not None:
@@ -145,13 +147,20 @@ class Transport:
         target = f"{path}?{_encoded(query)}" if query else path
         try:
             response = self._pool.urlopen(
-                method, target, body=body, headers=sent, redirect=False, preload_content=False, decode_content=False
+                method,
+                target,
+                body=body,
+                headers=sent,
+                redirect=False,
+                preload_content=False,
+                decode_content=False,
+                timeout=timeout,
             )
             complete = False
             try:
                 if response.status >= 300:
                     raise failure_of(response.status, response.read())
-                self._reached = True
+                self._patience.answered()
                 yield response
                 complete = True
             finally:
@@ -161,8 +170,47 @@ class Transport:
 
     def _unreachable(self, error: Exception) -> CasbackupError:
         failure = ServerUnreachable(f"{self.name} cannot be reached: {_reason(error)}")
-        failure.__dict__["final"] = isinstance(error, SSLError | NameResolutionError)
+        if isinstance(error, SSLError | NameResolutionError | ReadTimeoutError):
+            failure.__dict__["final"] = True
         return failure
+
+
+class _Connections:
+    """The connections of a pool."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._made: weakref.WeakSet[HTTPConnection] = weakref.WeakSet()
+
+    def kind(self, base: type[Any]) -> type[Any]:
+        """A class of connections that are known here, and patient while they send."""
+        connections = self
+
+        class Known(base):  # type: ignore[misc]
+            def connect(self) -> None:
+                super().connect()
+                with connections._lock:
+                    connections._made.add(self)
+
+            def send(self, data: Any) -> None:
+                """By itself it would give up when all has not gone out within the time for connecting."""
+                if self.sock is None:
+                    self.connect()
+                self.sock.settimeout(_ANSWER_S)
+                view = memoryview(data)
+                for start in range(0, len(view), _SENT_BYTES):
+                    super().send(view[start : start + _SENT_BYTES])
+
+        return Known
+
+    def break_all(self) -> None:
+        with self._lock:
+            made = list(self._made)
+        for connection in made:
+            found = connection.sock
+            if found is not None:
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(found, socket.SHUT_RDWR)  # TLS would want to say good-bye
 
 
 def _give_back(response: urllib3.BaseHTTPResponse, *, complete: bool) -> None:
@@ -178,7 +226,7 @@ def _pool(address: Address, credentials: Credentials) -> urllib3.HTTPConnectionP
         "maxsize": _CONNECTIONS,
         "block": False,
         "retries": False,
-        "timeout": urllib3.Timeout(connect=_CONNECT_S, read=_ANSWER_S),
+        "socket_options": _SOCKET_OPTIONS,
     }
     if address.scheme == "http":
         return urllib3.HTTPConnectionPool(address.host, address.port, **settings)

@@ -6,6 +6,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from casbackup.errors import ConfigInvalid, UsageError
 from casbackup.jobs.sync_plan import SnapshotFilter
+from casbackup.peer.http.patience import PATIENCE_S
 from casbackup.repository.check import CheckOptions
 from casbackup.repository.retention import KeepPolicy
 from casbackup.units import parse_duration
@@ -61,7 +62,8 @@ def _sync(name: str, item: TaskSettings) -> Task:
     place = item.to or item.source
     if place is None or (item.to is not None and item.source is not None):
         raise UsageError(f"task {name} needs either to or from")
-    end = OtherEnd(place, item.source is not None, item.token_file, item.cacert)
+    patience_s = PATIENCE_S if item.patience is None else parse_duration(item.patience)
+    end = OtherEnd(place, item.source is not None, item.token_file, item.cacert, patience_s)
     chosen = SnapshotFilter(vms=tuple(item.vms), last=item.last)
     return sync_task(name, end, chosen, mirror=item.mirror, cron=item.cron)
 

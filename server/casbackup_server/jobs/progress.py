@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from casbackup.errors import Interrupted
 from casbackup.limits import MAX_SERVER_JOB_LOG_LINES
@@ -19,6 +20,7 @@ class JobProgress:
         self._done = 0
         self._log: list[str] = []
         self._cancelled = threading.Event()
+        self._on_cancel: list[Callable[[], None]] = []
         self._lock = threading.Lock()
 
     @property
@@ -36,6 +38,17 @@ class JobProgress:
 
     def cancel(self) -> None:
         self._cancelled.set()
+        with self._lock:
+            actions = list(self._on_cancel)
+        for action in actions:
+            action()
+
+    def on_cancel(self, action: Callable[[], None]) -> None:
+        """What wakes the job where it waits: called once it is cancelled, from any thread; twice must do no harm."""
+        with self._lock:
+            self._on_cancel.append(action)
+        if self.cancelled:
+            action()
 
     def note(self, line: str) -> None:
         with self._lock:

@@ -13,6 +13,7 @@ from casbackup.jobs.sync import SyncRequest, sync
 from casbackup.jobs.sync_plan import SnapshotFilter
 from casbackup.peer.api import Peer
 from casbackup.peer.http.address import is_address, parse_address
+from casbackup.peer.http.patience import PATIENCE_S
 from casbackup.peer.http.peer import HttpPeer
 from casbackup.peer.http.transport import Credentials
 from casbackup.peer.local import LocalPeer
@@ -22,6 +23,9 @@ from casbackup.repository.repository import Repository
 from casbackup.repository.retention import KeepPolicy, plan_forget
 from casbackup_server.jobs.job import JobKind
 from casbackup_server.jobs.progress import JobProgress
+
+_LEAVING_S = 5.0
+"""How long a sync that was cancelled waits for what is under way."""
 
 
 class Outcome(NamedTuple):
@@ -93,11 +97,12 @@ class OtherEnd:
     is_source: bool
     token_file: str | None = None
     cacert: str | None = None
+    patience_s: float = PATIENCE_S
 
 
 def sync_task(name: str, end: OtherEnd, chosen: SnapshotFilter, *, mirror: bool, cron: str | None = None) -> Task:
     def run(repository: Repository, progress: JobProgress) -> Outcome:
-        with _opened(end) as other:
+        with _opened(end, progress) as other:
             here: Peer = LocalPeer(repository)
             source, destination = (other, here) if end.is_source else (here, other)
             report = sync(source, destination, SyncRequest(chosen, mirror), progress=progress)
@@ -112,10 +117,11 @@ def sync_task(name: str, end: OtherEnd, chosen: SnapshotFilter, *, mirror: bool,
 
 
 @contextlib.contextmanager
-def _opened(end: OtherEnd) -> Iterator[Peer]:
+def _opened(end: OtherEnd, progress: JobProgress) -> Iterator[Peer]:
     if is_address(end.place):
         credentials = Credentials(_token(end.token_file), end.cacert)
-        with HttpPeer(parse_address(end.place), credentials) as peer:
+        with HttpPeer(parse_address(end.place), credentials, patience_s=end.patience_s) as peer:
+            progress.on_cancel(lambda: peer.give_up(_LEAVING_S))
             yield peer
         return
     with Repository.open(end.place) as repository:

@@ -46,6 +46,9 @@ class OpenSession(BaseModel):
 
 class Attach(BaseModel):
     attachment: _HexId
+    take_over: bool = Field(
+        default=False, description="Also in the place of a client that was attached with the same token."
+    )
 
 
 class SessionOpened(BaseModel):
@@ -57,7 +60,7 @@ async def open_session(context: Ctx, asked: OpenSession) -> SessionOpened:
     """Open a session. Asked again with the same attachment, it is the same session."""
     namespace, vm = parse_namespace(asked.namespace), parse_vm(asked.vm)
     context.access.require(Right.BACKUP, namespace, vm)
-    work = partial(context.served.live.open, namespace, vm, asked.attachment)
+    work = partial(context.served.live.open, namespace, vm, asked.attachment, context.access.name)
     session = await context.server.threads.run(work)
     context.note("session opened", session=session, namespace=namespace, vm=vm)
     return SessionOpened(id=session)
@@ -65,10 +68,22 @@ async def open_session(context: Ctx, asked: OpenSession) -> SessionOpened:
 
 @router.post("/{session}/resume", responses=responses(404, 409))
 async def resume(context: Ctx, session: SessionPath, asked: Attach) -> SessionOpened:
-    """Attach to a session that is parked, or to which this client is attached already."""
+    """Attach to a session that is parked, or to which this client is attached already.
+
+    With `take_over`, a client with the same token that is attached loses the session: it may be dead.
+    """
     allowed = partial(context.access.require, Right.BACKUP)
-    work = partial(context.served.live.resume, SessionId(session), asked.attachment, allowed)
-    return SessionOpened(id=await context.server.threads.run(work))
+    work = partial(
+        context.served.live.resume,
+        SessionId(session),
+        asked.attachment,
+        context.access.name,
+        allowed,
+        take_over=asked.take_over,
+    )
+    resumed = await context.server.threads.run(work)
+    context.note("session resumed", session=resumed, take_over=asked.take_over)
+    return SessionOpened(id=resumed)
 
 
 @router.get("/{session}/known", response_class=Binary, responses={**responses(404, 409, 410), **giving("Ids.")})
