@@ -392,6 +392,13 @@ class KeyFileDamaged(EncryptionError):
     advice = "Use another copy of the key: a backup of the file, the recovery sheet, or the copy in the repository."
 
 
+class KeyMistyped(EncryptionError):
+    """The text of a recovery sheet has a mistake; the message says in which group of characters."""
+
+    code = "key-mistyped"
+    advice = "Compare that group with the sheet, and give all of it once more."
+
+
 class KeyExists(EncryptionError):
     """There is a key file in that place already."""
 

@@ -17,7 +17,7 @@ import re
 
 from casbackup.codec.crypto import KEY_BYTES
 from casbackup.codec.master_key import MasterKey
-from casbackup.errors import KeyFileDamaged
+from casbackup.errors import KeyMistyped
 from casbackup.spec.keyfile import is_fingerprint
 
 ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
@@ -36,7 +36,10 @@ _FINGERPRINT_LINE = re.compile(r"^\W*fingerprint\b(.*)$", re.IGNORECASE | re.MUL
 _SEPARATORS = re.compile(r"[\s:;,-]+")
 _VALUES = {character: value for value, character in enumerate(ALPHABET)} | {"O": 0, "I": 1, "L": 1}
 _VALUES |= {character.lower(): value for character, value in _VALUES.items()}
+_READ_AS = str.maketrans("oil", "011")
 _PER_LINE = 5
+_LINE_END = "/"
+"""Of lines in a QR code."""
 
 
 def format_key(key: MasterKey) -> str:
@@ -46,18 +49,24 @@ def format_key(key: MasterKey) -> str:
     return "\n".join([BEGIN, f"fingerprint {spaced(key.fingerprint)}", *lines, END]) + "\n"
 
 
-def parse_key(text: str, origin: str) -> MasterKey:
-    """What ``format_key`` made, also when it was typed anew: with anything around it, or without first and last line
-    or fingerprint, in lower case, with other spacing.
+def code_text(key: MasterKey) -> str:
+    """The same for a QR code: in one line of the characters that need least room there."""
+    lines = ["BEGIN CASBACKUP KEY", f"FINGERPRINT {key.fingerprint.upper()}", " ".join(key_groups(key))]
+    return _LINE_END.join(lines)
 
-    :raise KeyFileDamaged: when it was mistyped; the message says in which group, and quotes none.
+
+def parse_key(text: str, origin: str) -> MasterKey:
+    """What ``format_key`` or ``code_text`` made, also when it was typed anew: with anything around it, or without first
+    and last line or fingerprint, in lower case, with other spacing.
+
+    :raise KeyMistyped: when it was mistyped; the message says in which group, and quotes none.
     """
     body = _between(text)
     found = _FINGERPRINT_LINE.search(body)
     words = [word for word in _SEPARATORS.split(_FINGERPRINT_LINE.sub("", body)) if word]
     key = MasterKey(_secret(words, origin))
     if found is not None and _fingerprint(found[1], origin) != key.fingerprint:
-        raise KeyFileDamaged(
+        raise KeyMistyped(
             f"{origin} has the key {key.fingerprint}, but says that it has another fingerprint: one was mistyped"
         )
     return key
@@ -76,25 +85,25 @@ def spaced(fingerprint: str) -> str:
 
 def _between(text: str) -> str:
     marked = _MARKED.search(text)
-    return marked[1] if marked is not None else text
+    return (marked[1] if marked is not None else text).replace(_LINE_END, "\n")
 
 
 def _fingerprint(text: str, origin: str) -> str:
-    fingerprint = "".join(_SEPARATORS.split(text)).lower()
+    fingerprint = "".join(_SEPARATORS.split(text)).lower().translate(_READ_AS)
     if not is_fingerprint(fingerprint):
-        raise KeyFileDamaged(f"the fingerprint in {origin} has not 32 hexadecimal digits")
+        raise KeyMistyped(f"the fingerprint in {origin} has not 32 hexadecimal digits")
     return fingerprint
 
 
 def _secret(words: list[str], origin: str) -> bytes:
     values = [value for index, word in enumerate(words) for value in _checked(index, word, origin)]
     if len(words) != GROUPS:
-        raise KeyFileDamaged(f"{origin} has {len(words)} groups of characters instead of {GROUPS}")
+        raise KeyMistyped(f"{origin} has {len(words)} groups of characters instead of {GROUPS}")
     number = 0
     for value in values:
         number = number << _BITS | value
     if number & ((1 << _SPARE_BITS) - 1):
-        raise KeyFileDamaged(f"group {GROUPS} in {origin} is mistyped")
+        raise KeyMistyped(f"group {GROUPS} in {origin} is mistyped")
     return (number >> _SPARE_BITS).to_bytes(KEY_BYTES, "big")
 
 
@@ -102,12 +111,12 @@ def _checked(index: int, word: str, origin: str) -> list[int]:
     """The values of a group, without that of its check character."""
     place = f"group {index + 1} in {origin}"
     if index >= GROUPS:
-        raise KeyFileDamaged(f"{place} is one too many: there are {GROUPS}")
+        raise KeyMistyped(f"{place} is one too many: there are {GROUPS}")
     if len(word) != GROUP_CHARACTERS:
-        raise KeyFileDamaged(f"{place} has {len(word)} characters instead of {GROUP_CHARACTERS}")
+        raise KeyMistyped(f"{place} has {len(word)} characters instead of {GROUP_CHARACTERS}")
     values = [_VALUES.get(character, -1) for character in word]
     if -1 in values or values.pop() != _check_value(index, values):
-        raise KeyFileDamaged(f"{place} is mistyped")
+        raise KeyMistyped(f"{place} is mistyped")
     return values
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from casbackup.codec.crypto import Argon2Cost, passphrase_key, seal, unseal
 from casbackup.codec.master_key import MasterKey
-from casbackup.errors import KeyFileDamaged, PassphraseNeeded, PassphraseWrong
+from casbackup.errors import KeyFileDamaged, KeyMistyped, PassphraseNeeded, PassphraseWrong
 from casbackup.keys.age import age_decrypted, age_encrypted, normal_recipient
 from casbackup.keys.text import format_key, parse_key
 from casbackup.spec.keyfile import (
@@ -65,12 +65,12 @@ def _found(
 ) -> Iterator[MasterKey]:
     for wrapping in key_file.wrappings:
         if isinstance(wrapping, PlainWrapping):
-            yield parse_key(wrapping.text, origin)
+            yield _parsed(wrapping.text, origin)
     for wrapping in key_file.wrappings:
         if isinstance(wrapping, AgeWrapping) and identities:
             text = age_decrypted(wrapping.file, identities)
             if text is not None:
-                yield parse_key(text.decode("ascii", "replace"), f"what {origin} holds for a recipient")
+                yield _parsed(text.decode("ascii", "replace"), origin)
     wrappings = _by_passphrase(key_file)
     offered = bool(identities and key_file.recipients)
     for passphrase in passphrases if wrappings else ():
@@ -82,6 +82,14 @@ def _found(
     if not offered:
         way = "by a passphrase" if wrappings else "for recipients of age"
         raise PassphraseNeeded(f"key {key_file.fingerprint} is wrapped {way}, and none was given")
+
+
+def _parsed(text: str, origin: str) -> MasterKey:
+    """:raise KeyFileDamaged: when it is no key."""
+    try:
+        return parse_key(text, origin)
+    except KeyMistyped as error:
+        raise KeyFileDamaged(f"the key in {origin} is damaged: {error}") from None
 
 
 def _by_passphrase(key_file: KeyFile) -> list[PassphraseWrapping]:

@@ -60,6 +60,7 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "serve": Entry("serve:serve", "Serve repositories over HTTP."),
         "server-job": Entry("server_job:server_job", "Start or watch gc, check and other jobs of a server."),
         "token": Entry("token:token", "Manage who may use a repository over HTTP."),
+        "key": Entry("key:key", "Manage the keys of encrypted repositories."),
         "migrate": Entry("migrate:migrate", "Bring a repository to the current format."),
         "sessions": Entry("sessions:sessions", "List or abort backups that are under way or were interrupted."),
         "job": Entry("job:job", "List or steer backups of running VMs."),

@@ -1,4 +1,4 @@
-"""What shells offer at TAB beyond options: VMs, snapshots, profiles. A failure offers nothing, silently."""
+"""What shells offer at TAB beyond options: VMs, snapshots, profiles, keys. A failure offers nothing, silently."""
 
 from __future__ import annotations
 
@@ -44,3 +44,10 @@ def references(app: App, incomplete: str) -> list[str]:
                 snapshot.id[: max(_ID_DIGITS, len(incomplete))] if incomplete else "",
             }
     return sorted(name for name in found - {""} if name.startswith(incomplete))
+
+
+def fingerprints(app: App, incomplete: str) -> list[str]:
+    found: list[str] = []
+    with _silently():
+        found = app.keys.ring.fingerprints()
+    return [fingerprint for fingerprint in found if fingerprint.startswith(incomplete)]

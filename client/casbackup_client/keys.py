@@ -13,18 +13,21 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from casbackup.codec.master_key import MasterKey
-from casbackup.errors import EncryptionError, KeyMismatch, KeyMissing, UsageError
+from casbackup.errors import EncryptionError, KeyMismatch, KeyMissing, PassphraseNeeded, UsageError
 from casbackup.keys.memory import keep_out_of_dumps
 from casbackup.keys.ring import KeyRing
 from casbackup.keys.wrapping import unwrap
 from casbackup.spec.config import RepositoryConfig
 from casbackup_client.app import KeyUse
-from casbackup_client.passphrases import VARIABLE, Configured, Passphrases
+from casbackup_client.passphrases import NEW_VARIABLE, VARIABLE, Configured, Passphrases
 
 if TYPE_CHECKING:
     from casbackup.peer.api import Peer, StoredPeer
     from casbackup.spec.keyfile import KeyFile
     from casbackup_client.config_file import Profile
+
+
+COPY = "the repository's copy of its key"
 
 
 class Keys:
@@ -35,6 +38,7 @@ class Keys:
     ) -> None:
         self.ring = KeyRing(environment.get("CASBACKUP_KEY_FOLDER") or default_folder())
         self.passphrases = Passphrases(environment, VARIABLE, _configured(profile))
+        self.new_passphrases = Passphrases(environment, NEW_VARIABLE)
         self._identity_path = identity_path or environment.get("CASBACKUP_AGE_IDENTITY") or _of(profile, "identity")
         self._wanted = environment.get("CASBACKUP_KEY") or _of(profile, "key")
 
@@ -47,6 +51,13 @@ class Keys:
         if self._wanted is None:
             return None
         return full_fingerprint(self.ring, self._wanted)
+
+    def named(self, text: str | None) -> KeyFile:
+        """The file of a key of the key folder: the one that begins so, or the one wanted, or the only one.
+
+        :raise KeyMissing, KeyExposed, KeyFileDamaged: when there is none of use. :raise UsageError: when several are.
+        """
+        return self.ring.read(self.ring.find(text) if text else self.wanted or self.ring.only())
 
     def identities(self) -> list[Any]:
         """Of age; none, when no file is named.
@@ -93,8 +104,19 @@ class Keys:
             )
         from casbackup.repository.stored_key import storable
 
-        origin = "the repository's copy of its key"
-        return self.unlock(storable(data, origin, peer.config), origin, by_identity=self.wanted is not None)
+        return self._of_copy(storable(data, COPY, peer.config))
+
+    def _of_copy(self, key_file: KeyFile) -> MasterKey:
+        trusted = self.wanted is not None
+        try:
+            return self.unlock(key_file, COPY, by_identity=trusted)
+        except PassphraseNeeded as error:
+            if trusted or not self._identity_path or not key_file.recipients:
+                raise
+            raise KeyMissing(
+                f"key {key_file.fingerprint} is not in {self.ring.folder}, and {COPY} is opened by an identity only if "
+                "CASBACKUP_KEY or the profile says that this is the right key; or import it"
+            ) from error
 
     def check(self, config: RepositoryConfig) -> None:
         """:raise KeyMismatch: when the repository does not have the key that the user says is the right one."""
@@ -123,7 +145,6 @@ def unlocked(stored: StoredPeer, keys: Keys, use: KeyUse, warn: Callable[[str], 
             raise
         return stored
     from casbackup.peer.sealed import SealedPeer
-
     from casbackup.peer.seen import SeenFolder
 
     return SealedPeer(stored, key, SeenFolder(_seen_folder()), warn)

@@ -1,4 +1,4 @@
-"""Options and steps that ``init`` and the commands of ``key`` share: how a key is to be wrapped."""
+"""Options and steps that ``init`` and the commands of ``key`` share."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
+from casbackup_client.app import App
+
 if TYPE_CHECKING:
     from casbackup.codec.master_key import MasterKey
     from casbackup.spec.keyfile import KeyFile
-    from casbackup_client.app import App
+    from casbackup_client.views import View
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -70,6 +72,32 @@ _OPTIONS = (
         "only its owner can read.",
     ),
 )
+
+
+def _complete_key(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    from casbackup_client.completion import fingerprints
+
+    return fingerprints(context.find_object(App) or App(), incomplete)
+
+
+def key_argument(function: F) -> F:
+    """A key of the key folder; None where there is only one."""
+    return click.argument("key", metavar="[KEY]", required=False, shell_complete=_complete_key)(function)
+
+
+def key_option(function: F) -> F:
+    """``key_argument`` for commands whose arguments are something else."""
+    return click.option("--key", metavar="KEY", shell_complete=_complete_key, help="Which key; default: the only one.")(
+        function
+    )
+
+
+def show_key(app: App, key_file: KeyFile, view: Callable[[], View], *, essential: bool = False) -> None:
+    """The outcome of a command that is about one key of the key folder."""
+    from casbackup_client.documenting import key_document
+
+    document = key_document(key_file, app.keys.ring.path(key_file.fingerprint))
+    app.output.result({"key": document}, view, essential=essential)
 
 
 def keep_new_key(app: App, wrap: Wrap) -> KeyFile:
