@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from casbackup.block.device import BlockDevice
 from casbackup.buffers import aligned_buffer
 from casbackup.codec.hashing import IdKeys
-from casbackup.errors import DataDamage, SnapshotNotFound
+from casbackup.errors import DataDamage, SnapshotNotFound, VmStateMissing
 from casbackup.fs import Buffer
 from casbackup.ids import BlobId
 from casbackup.limits import SEGMENT_BYTES
@@ -23,7 +23,7 @@ from casbackup.peer.api import Peer
 from casbackup.peer.disk import fetch_nodes, verified
 from casbackup.progress import NoProgress, Progress
 from casbackup.repository.catalog import Snapshot
-from casbackup.spec.manifest import ConfigRecord, DiskRecord
+from casbackup.spec.manifest import VMSTATE, ConfigRecord, DiskRecord
 from casbackup.spec.node import Extent
 from casbackup.spec.record import BlobKind
 from casbackup.tree.diff import Range, merged
@@ -75,6 +75,14 @@ def find_disk(snapshot: Snapshot, name: str) -> DiskRecord:
             return disk
     names = ", ".join(d.name for d in snapshot.manifest.disks) or "none"
     raise SnapshotNotFound(f"snapshot {snapshot.reference} has no disk {name}; it has: {names}")
+
+
+def find_vmstate(snapshot: Snapshot) -> DiskRecord:
+    """The VM's memory. :raise VmStateMissing: when the snapshot is without."""
+    for disk in snapshot.manifest.disks:
+        if disk.role == VMSTATE:
+            return disk
+    raise VmStateMissing(f"snapshot {snapshot.reference} was made without the VM's memory")
 
 
 def read_config(peer: Peer, config: ConfigRecord) -> bytes:

@@ -22,6 +22,9 @@ _SUFFIXES = {"qcow2": ".qcow2", "vmdk": ".vmdk", "vhdx": ".vhdx", "vdi": ".vdi",
 FORMATS = ("raw", *_SUFFIXES)
 """What ``--format`` may be."""
 
+STATE_SUFFIX = ".bin"
+"""Of the VM's memory in a folder: it is a stream, and no image of a disk."""
+
 _LOOK_BYTES = 1 * MiB
 """Partition tables, file systems, LVM and RAID have their marks within this of a device's beginning or end.
 """
@@ -56,16 +59,23 @@ class Overwriting(NamedTuple):
     in_place: bool
 
 
-def plan(snapshot: Snapshot, folder: str | None, disks: Sequence[str], image_format: str | None) -> Places:
+def plan(
+    snapshot: Snapshot, folder: str | None, disks: Sequence[str], image_format: str | None, vmstate: str | None = None
+) -> Places:
     """What goes where. ``disks`` are ``NAME=PATH`` or ``NAME``; without any, all disks and configs go to
-    ``folder``.
+    ``folder``. ``vmstate``: a path for the VM's memory.
 
     :raise UsageError: when a place is missing or named twice. :raise SnapshotNotFound: for a disk that is
-    not there.
+    not there. :raise VmStateMissing: for memory that is not there.
     """
-    if folder is None and not disks:
+    if folder is None and not disks and vmstate is None:
         raise UsageError("where to? Give --to FOLDER, or --disk NAME=TARGET")
-    chosen = _chosen(snapshot, folder, disks, image_format)
+    names = list(disks)
+    if folder is not None and not disks:
+        names = [disk.name for disk in snapshot.manifest.disks if not (disk.role and vmstate)]
+    chosen = _chosen(snapshot, folder, names, image_format)
+    if vmstate is not None:
+        chosen.append(_state_place(snapshot, vmstate))
     configs = [] if disks or folder is None else list(snapshot.manifest.configs)
     places = Places(folder, chosen, [ConfigPlace(c, os.path.join(folder or "", c.name)) for c in configs])
     paths = [os.path.realpath(path) for path in places.paths()]
@@ -75,19 +85,31 @@ def plan(snapshot: Snapshot, folder: str | None, disks: Sequence[str], image_for
     return places
 
 
+def _state_place(snapshot: Snapshot, path: str) -> DiskPlace:
+    from casbackup.jobs.restore import find_vmstate
+
+    state = find_vmstate(snapshot)
+    if path == "-":
+        raise UsageError(
+            f"--vmstate takes a file; for standard output: casbackup dump {snapshot.reference} {state.name}"
+        )
+    return DiskPlace(state, path, "raw")
+
+
 def _chosen(snapshot: Snapshot, folder: str | None, disks: Sequence[str], image_format: str | None) -> list[DiskPlace]:
     from casbackup.jobs.restore import find_disk
 
     places: list[DiskPlace] = []
-    for text in disks or [disk.name for disk in snapshot.manifest.disks]:
+    for text in disks:
         name, _, path = text.partition("=")
         disk = find_disk(snapshot, name)
         if any(disk.name == place.disk.name for place in places):
             raise DuplicateDisk(f"disk {name} is given twice")
         if not path and folder is None:
             raise UsageError(f"where should {name} go? Give --disk {name}=TARGET, or --to FOLDER")
-        used_format = image_format or _format_of_name(path) or "raw"
-        path = path or os.path.join(folder or "", name + _SUFFIXES.get(used_format, ".raw"))
+        used_format = "raw" if disk.role else image_format or _format_of_name(path) or "raw"
+        suffix = STATE_SUFFIX if disk.role else _SUFFIXES.get(used_format, ".raw")
+        path = path or os.path.join(folder or "", name + suffix)
         places.append(DiskPlace(disk, path, used_format))
     return places
 

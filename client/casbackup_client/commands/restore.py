@@ -40,6 +40,12 @@ if TYPE_CHECKING:
     help="Only this disk; TARGET is a file or a block device. Repeatable.",
 )
 @click.option(
+    "--vmstate",
+    metavar="FILE",
+    type=click.Path(),
+    help="Write the VM's memory to FILE, for QEMU's -incoming; fails if the snapshot is without.",
+)
+@click.option(
     "--format",
     "image_format",
     metavar="FORMAT",
@@ -55,6 +61,7 @@ def restore(
     reference: str,
     folder: str | None,
     disks: tuple[str, ...],
+    vmstate: str | None,
     image_format: str | None,
     in_place: bool,
     force: bool,
@@ -68,6 +75,7 @@ def restore(
     casbackup restore vm/100@2026-11-22T20 --to out    the one of that hour
     casbackup restore 1f3a9c2e --disk scsi0=/dev/vg0/disk
     casbackup restore vm/100 --disk scsi0=root.qcow2   an image of that format
+    casbackup restore vm/100 --to out --vmstate state  also the memory, if it was backed up
 
     Files are sparse and get their names when all is complete. What exists is not overwritten without
     --force, nor is a block device that holds data; one that is mounted or otherwise in use needs --force,
@@ -80,7 +88,7 @@ def restore(
     began_s = time.monotonic()
     with app.peer() as peer:
         snapshot = peer.find(reference, app.namespace)
-        places = targets.plan(snapshot, folder, disks, image_format)
+        places = targets.plan(snapshot, folder, disks, image_format, vmstate)
         overwriting = targets.Overwriting(force, in_place)
         with (
             peer.reading(snapshot),
@@ -229,7 +237,18 @@ def _view(snapshot: Snapshot, outcome: _Outcome, duration_ms: int) -> View:
     rate = f", {size(total / (duration_ms / 1000))}/s" if duration_ms and total else ""
     took = format_duration(duration_ms / 1000)
     done = f"restored {snapshot.reference}: {', '.join([*disks, *configs])}; {took}{rate}"
-    return [done, *_losses(outcome)]
+    return [done, *_ways_on(outcome), *_losses(outcome)]
+
+
+def _ways_on(outcome: _Outcome) -> list[str]:
+    """How a VM goes on whose memory was restored."""
+    from shlex import quote
+
+    paths = [place.path for place, report in outcome.disks if place.disk.role and not report.lost]
+    return [
+        f"to go on from there, start QEMU with the VM's own options and -incoming {quote(f'exec:cat {quote(path)}')}"
+        for path in paths
+    ]
 
 
 def _losses(outcome: _Outcome) -> list[str]:
