@@ -11,7 +11,7 @@ from casbackup.errors import RepositoryNotFound
 from casbackup.ids import Namespace, VmName, parse_namespace, parse_vm
 from casbackup.spec.wire import ATTACHMENT_HEADER, READING_HEADER
 from casbackup_server.rights import Access
-from casbackup_server.served import Served, Server
+from casbackup_server.served import Browsed, Host, Served, Server
 
 _HEX_ID = "^[0-9a-f]{32}$"
 _NAME = "^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$"
@@ -31,11 +31,11 @@ VmQuery = Annotated[str | None, Query(max_length=140, description="Only of this 
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
-    """A request to one repository, admitted."""
+class BrowsingContext:
+    """A request to look at what one repository holds, admitted."""
 
-    server: Server
-    served: Served
+    server: Host
+    served: Browsed
     access: Access
 
     def note(self, event: str, **about: object) -> None:
@@ -43,15 +43,31 @@ class Context:
         self.server.audit.note(event, token=self.access.name, repository=self.served.name, **about)
 
 
-async def _context(request: Request, repository: RepositoryName) -> Context:
-    server: Server = request.app.state.server
+@dataclass(frozen=True, slots=True)
+class Context(BrowsingContext):
+    """A request of any kind to one repository, admitted."""
+
+    server: Server
+    served: Served
+
+
+async def _browsing(request: Request, repository: RepositoryName) -> BrowsingContext:
+    server: Host = request.app.state.server
     address = request.client.host if request.client else ""
     access = server.gate.admit(request.headers.get("authorization"), address, repository)
     request.scope["casbackup.token"] = access.name
     served = server.repositories.get(repository)
     if served is None:
         raise RepositoryNotFound(f"this server has no repository {repository!r}")
-    return Context(server, served, access)
+    return BrowsingContext(server, served, access)
+
+
+BrowsingCtx = Annotated[BrowsingContext, Depends(_browsing)]
+
+
+async def _context(found: BrowsingCtx) -> Context:
+    assert isinstance(found.server, Server) and isinstance(found.served, Served)  # other hosts lack these routes
+    return Context(found.server, found.served, found.access)
 
 
 Ctx = Annotated[Context, Depends(_context)]

@@ -16,9 +16,9 @@ import structlog
 from casbackup.errors import ServerBusy
 from casbackup.ids import SnapshotId
 from casbackup.limits import MAX_REST_READERS
-from casbackup.peer.local import LocalPeer
+from casbackup.peer.api import Peer
 from casbackup.peer.served import ReadPool, ServedSnapshot
-from casbackup.repository.catalog import Catalog, Snapshot
+from casbackup.repository.catalog import Snapshot
 
 _IDLE_S = 30.0
 """How long a snapshot stays open that nobody reads."""
@@ -37,10 +37,20 @@ class _Entry:
 class OpenSnapshots:
     """Of one repository. Safe from several threads."""
 
-    def __init__(self, peer: LocalPeer, cache_bytes: int, *, now_s: Callable[[], float] = time.monotonic) -> None:
-        """``cache_bytes``: for chunks of all of them together."""
+    def __init__(
+        self,
+        peer: Peer,
+        cache_bytes: int,
+        current: Callable[[Snapshot], Snapshot | None],
+        *,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``cache_bytes``: for chunks of all of them together. ``current``: quickly, a snapshot as it is now, None when
+        it is gone.
+        """
         self._peer = peer
         self._cache_bytes = cache_bytes
+        self._current = current
         self._now_s = now_s
         self._pool: ReadPool | None = None
         self._open: OrderedDict[SnapshotId, _Entry] = OrderedDict()
@@ -62,14 +72,11 @@ class OpenSnapshots:
             self._close([e for e in self._idle() if e is not entry][:-_MOST_IDLE])
             return Lease(entry.served, self._leave(entry))
 
-    def known(self, id_text: str, catalog: Catalog) -> Snapshot | None:
-        """The snapshot with this id, if it is open and still in the catalog, as the catalog has it now."""
+    def known(self, id_text: str) -> Snapshot | None:
+        """The snapshot with this id, if it is open and still there, as it is now."""
         with self._lock:
             entry = self._open.get(SnapshotId(id_text))
-        if entry is None:
-            return None
-        found = catalog.get(entry.served.snapshot.key)
-        return found if found is not None and found.id == id_text else None
+        return None if entry is None else self._current(entry.served.snapshot)
 
     def close_idle(self, idle_s: float = _IDLE_S) -> None:
         with self._lock:

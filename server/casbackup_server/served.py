@@ -6,9 +6,12 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from casbackup.limits import MAX_REST_EXPORTS, REST_CACHE_BYTES
+from casbackup.peer.api import Peer
 from casbackup.peer.local import LocalPeer
+from casbackup.repository.catalog import Snapshot
 from casbackup.repository.repository import Repository
 from casbackup_server.audit import Audit
 from casbackup_server.budget import ByteBudget
@@ -22,30 +25,46 @@ from casbackup_server.threads import Threads
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """A repository under its name."""
+class Browsed:
+    """A repository under its name, as far as it is looked at and restored from."""
 
     name: str
-    repository: Repository
-    peer: LocalPeer
-    live: LiveSessions
+    peer: Peer
     reading: OpenSnapshots
+
+
+@dataclass(frozen=True, slots=True)
+class Served(Browsed):
+    """A repository under its name."""
+
+    peer: LocalPeer
+    repository: Repository
+    live: LiveSessions
     jobs: JobRunner
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
-    """What all requests share."""
+class Host:
+    """What all requests to look and restore share."""
 
-    repositories: Mapping[str, Served]
+    repositories: Mapping[str, Browsed]
     gate: Gate
     audit: Audit
     threads: Threads
+    exports: threading.BoundedSemaphore = field(
+        default_factory=lambda: threading.BoundedSemaphore(MAX_REST_EXPORTS), kw_only=True
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Server(Host):
+    """What all requests share."""
+
+    repositories: Mapping[str, Served]
     uploading: ByteBudget
     metrics: Metrics = field(default_factory=Metrics)
     metrics_token: str | None = None
     """Who asks for metrics must show it; None: only this machine may ask."""
-    exports: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(MAX_REST_EXPORTS))
 
 
 @contextlib.contextmanager
@@ -62,9 +81,15 @@ def opened(paths: Mapping[str, str], tasks: Mapping[str, Sequence[Task]] | None 
             live = LiveSessions(repository)
             stack.callback(live.close)
             peer = LocalPeer(repository)
-            reading = OpenSnapshots(peer, REST_CACHE_BYTES // len(paths))
+            reading = OpenSnapshots(peer, REST_CACHE_BYTES // len(paths), partial(_current, repository))
             stack.callback(reading.close)
             jobs = JobRunner(name, repository, (tasks or {}).get(name, default_tasks()))
             stack.callback(jobs.close)
-            found[name] = Served(name, repository, peer, live, reading, jobs)
+            found[name] = Served(name, peer, reading, repository, live, jobs)
         yield found
+
+
+def _current(repository: Repository, snapshot: Snapshot) -> Snapshot | None:
+    """The snapshot as the catalog has it now, if it still has it."""
+    found = repository.catalog.get(snapshot.key)
+    return found if found is not None and found.id == snapshot.id else None

@@ -47,7 +47,7 @@ class RestConfig:
 
 @dataclass(frozen=True, slots=True)
 class RestSnapshot:
-    """``time`` is RFC 3339."""
+    """``time`` is RFC 3339. ``sealed``: the server does not have the key, and can give neither disks nor configs."""
 
     id: str
     namespace: str
@@ -61,6 +61,7 @@ class RestSnapshot:
     notes: str
     disks: tuple[RestDisk, ...]
     configs: tuple[RestConfig, ...]
+    sealed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ class RestClient:
         """Fill the buffer from ``offset`` on; the range must be within the disk. What was lost on the way is asked for
         again.
 
-        :raise DataDamage: when something in the range is lost.
+        :raise DataDamage: when something in the range is lost. :raise DiskSealed: when the server lacks the key.
         """
         if len(buffer):
             self._transport.patiently(lambda: self._read(snapshot, disk, offset, buffer))
@@ -224,12 +225,13 @@ class RestClient:
 
 
 def _made(kind: type[T], content: Any) -> T:
-    """Keys that a newer server adds are passed over.
+    """Keys that a newer server adds are passed over, and what an older one does not know is as the default says.
 
-    :raise ServerProtocolError: when one is missing.
+    :raise ServerProtocolError: when another one is missing.
     """
     try:
-        return kind(**{field.name: content[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+        names = [field.name for field in fields(kind) if field.name in content]  # type: ignore[arg-type]
+        return kind(**{name: content[name] for name in names})
     except (KeyError, TypeError) as error:
         raise ServerProtocolError(f"the server's answer is not understood: {error}") from error
 

@@ -11,16 +11,16 @@ from fastapi import APIRouter, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from casbackup.clock import format_time
-from casbackup.errors import SnapshotAmbiguous, SnapshotNotFound
+from casbackup.errors import DiskSealed, SnapshotAmbiguous, SnapshotNotFound
+from casbackup.ids import SnapshotId
 from casbackup.jobs.restore import read_config
 from casbackup.limits import MAX_LISTED_SNAPSHOTS
 from casbackup.repository.catalog import Snapshot
 from casbackup.spec.manifest import ConfigRecord
-from casbackup_server.context import Context, Ctx, NamespaceQuery, VmQuery, owner_of
+from casbackup_server.context import BrowsingContext, BrowsingCtx, NamespaceQuery, VmQuery, owner_of
 from casbackup_server.problems import responses
 from casbackup_server.rights import Right
 from casbackup_server.routes.binary import Binary, giving
-from casbackup_server.routes.repositories import visible
 
 router = APIRouter(tags=["restore"])
 
@@ -71,7 +71,9 @@ class Config(BaseModel):
 
 
 class SnapshotInfo(BaseModel):
-    """All about a snapshot."""
+    """All about a snapshot. Of one that is ``sealed``, the server knows neither content, nor what `host`, `notes` and
+    the names of configs are.
+    """
 
     model_config = ConfigDict(title="Snapshot")
 
@@ -85,6 +87,7 @@ class SnapshotInfo(BaseModel):
     pinned: bool
     labels: list[str] = Field(examples=[["before-upgrade"]])
     notes: str
+    sealed: bool = Field(description="Only a client with the key can restore it.", examples=[False])
     disks: list[Disk]
     configs: list[Config]
 
@@ -97,7 +100,7 @@ class Snapshots(BaseModel):
 
 
 @router.get("/namespaces", responses=responses(404))
-async def namespaces(context: Ctx) -> Namespaces:
+async def namespaces(context: BrowsingCtx) -> Namespaces:
     """The namespaces that have snapshots."""
     found = await _seen(context, None, None)
     return Namespaces(
@@ -110,7 +113,7 @@ async def namespaces(context: Ctx) -> Namespaces:
 
 
 @router.get("/vms", responses=responses(404))
-async def vms(context: Ctx, namespace: NamespaceQuery = None) -> Vms:
+async def vms(context: BrowsingCtx, namespace: NamespaceQuery = None) -> Vms:
     """The VMs that have snapshots."""
     found = await _seen(context, namespace, None)
     groups = [list(group) for _, group in groupby(found, lambda s: (s.manifest.namespace, s.manifest.vm))]
@@ -119,7 +122,7 @@ async def vms(context: Ctx, namespace: NamespaceQuery = None) -> Vms:
 
 @router.get("/snapshots", responses=responses(404))
 async def snapshots(
-    context: Ctx,
+    context: BrowsingCtx,
     namespace: NamespaceQuery = None,
     vm: VmQuery = None,
     last: Annotated[int | None, Query(ge=1, le=2**31, description="Only the latest so many of each VM.")] = None,
@@ -135,7 +138,7 @@ async def snapshots(
 
 
 @router.get("/snapshots/{snapshot}", responses=responses(404, 409))
-async def snapshot_info(context: Ctx, snapshot: SnapshotPath) -> SnapshotInfo:
+async def snapshot_info(context: BrowsingCtx, snapshot: SnapshotPath) -> SnapshotInfo:
     """All about a snapshot: its disks and configs, too."""
     context.access.require(Right.READ)
     return _info(await context.server.threads.run(partial(found_snapshot, context, snapshot)))
@@ -146,7 +149,7 @@ async def snapshot_info(context: Ctx, snapshot: SnapshotPath) -> SnapshotInfo:
     response_class=Binary,
     responses={**responses(404, 409, 500), **giving("The config, as it was backed up.")},
 )
-async def config_content(context: Ctx, snapshot: SnapshotPath, config: _ConfigPath) -> Response:
+async def config_content(context: BrowsingCtx, snapshot: SnapshotPath, config: _ConfigPath) -> Response:
     """A config that was backed up with the VM. Needs the right `restore`."""
 
     def work() -> bytes:
@@ -159,7 +162,7 @@ async def config_content(context: Ctx, snapshot: SnapshotPath, config: _ConfigPa
     return Binary(await context.server.threads.run(work))
 
 
-def found_snapshot(context: Context, id_text: str) -> Snapshot:
+def found_snapshot(context: BrowsingContext, id_text: str) -> Snapshot:
     """The snapshot whose id begins like this.
 
     :raise SnapshotNotFound: when none does that the request may see. :raise SnapshotAmbiguous: when several do.
@@ -172,23 +175,32 @@ def found_snapshot(context: Context, id_text: str) -> Snapshot:
     return matching[0]
 
 
-def restorable(context: Context, id_text: str) -> Snapshot:
+def restorable(context: BrowsingContext, id_text: str) -> Snapshot:
     """Such a snapshot whose data the request may have. One that is open is found without a look at all others.
 
-    :raise RightMissing: when it may only be seen.
+    :raise RightMissing: when it may only be seen. :raise DiskSealed: when it is encrypted, and the key is not here.
     """
-    snapshot = context.served.reading.known(id_text, context.served.repository.catalog)
+    snapshot = context.served.reading.known(id_text)
     if snapshot is None or not context.access.sees(snapshot.manifest.namespace, snapshot.manifest.vm):
         snapshot = found_snapshot(context, id_text)
     context.access.require(Right.RESTORE, snapshot.manifest.namespace, snapshot.manifest.vm)
+    if context.served.peer.codec.is_blind:
+        key = context.served.peer.config.key_fingerprint
+        raise DiskSealed(f"{snapshot.reference} is encrypted with key {key}, which this server does not have")
     return snapshot
 
 
-async def _seen(context: Context, namespace: str | None, vm: str | None) -> list[Snapshot]:
+def visible(context: BrowsingContext) -> dict[SnapshotId, Snapshot]:
+    """The snapshots that this request may see."""
+    found, _ = context.served.peer.survey()
+    return {s.id: s for s in found if context.access.sees(s.manifest.namespace, s.manifest.vm)}
+
+
+async def _seen(context: BrowsingContext, namespace: str | None, vm: str | None) -> list[Snapshot]:
     """The snapshots that the request may see, in order."""
     context.access.require(Right.READ)
     wanted = owner_of(namespace, vm)
-    found, _ = await context.server.threads.run(partial(context.served.repository.catalog.survey, *wanted))
+    found, _ = await context.server.threads.run(partial(context.served.peer.survey, *wanted))
     return [s for s in found if context.access.sees(s.manifest.namespace, s.manifest.vm)]
 
 
@@ -215,7 +227,8 @@ def _info(snapshot: Snapshot) -> SnapshotInfo:
         host=manifest.host,
         pinned=snapshot.pinned,
         labels=list(snapshot.labels),
-        notes=snapshot.notes,
+        notes="" if manifest.sealed else snapshot.notes,
+        sealed=bool(manifest.sealed),
         disks=[Disk(name=d.name, size_bytes=d.size_bytes, root=d.root.hex(), role=d.role) for d in manifest.disks],
         configs=[Config(name=c.name, size_bytes=c.size_bytes) for c in manifest.configs],
     )

@@ -12,7 +12,7 @@ from casbackup.errors import UsageError
 from casbackup.jobs.restore import find_disk
 from casbackup.repository.catalog import Snapshot
 from casbackup.spec.manifest import DiskRecord
-from casbackup_server.context import Context, Ctx
+from casbackup_server.context import BrowsingContext, BrowsingCtx
 from casbackup_server.diskbody import RAW, Body, multipart, pieces, plain
 from casbackup_server.problems import Refusal, problem, responses
 from casbackup_server.ranges import Span, parse_ranges
@@ -47,7 +47,7 @@ _ANSWERS = {
 
 @router.get(_PATH, response_class=Response, responses=_ANSWERS)
 async def read_disk(
-    context: Ctx,
+    context: BrowsingCtx,
     snapshot: SnapshotPath,
     disk: _DiskPath,
     range_header: _Range = None,
@@ -69,7 +69,7 @@ async def read_disk(
 
 @router.head(_PATH, response_class=Response, responses={**_ANSWERS, 200: {"description": "Its size and ETag."}})
 async def describe_disk(
-    context: Ctx, snapshot: SnapshotPath, disk: _DiskPath, if_none_match: _IfNoneMatch = None
+    context: BrowsingCtx, snapshot: SnapshotPath, disk: _DiskPath, if_none_match: _IfNoneMatch = None
 ) -> Response:
     """What the same GET without a range would say of the disk."""
     found, record = await _disk_of(context, snapshot, disk)
@@ -79,7 +79,7 @@ async def describe_disk(
     return Response(headers={**headers, "Content-Length": str(record.size_bytes)}, media_type=RAW)
 
 
-async def _disk_of(context: Context, snapshot: str, disk: str) -> tuple[Snapshot, DiskRecord]:
+async def _disk_of(context: BrowsingContext, snapshot: str, disk: str) -> tuple[Snapshot, DiskRecord]:
     def work() -> tuple[Snapshot, DiskRecord]:
         found = restorable(context, snapshot)
         return found, find_disk(found, disk)
@@ -104,7 +104,7 @@ def _names(header: str | None, etag: str) -> bool:
 
 
 async def _answer(
-    context: Context, snapshot: Snapshot, disk: DiskRecord, spans: list[Span] | None, headers: dict[str, str]
+    context: BrowsingContext, snapshot: Snapshot, disk: DiskRecord, spans: list[Span] | None, headers: dict[str, str]
 ) -> Response:
     body = _body(spans, disk.size_bytes)
     headers["Content-Length"] = str(body.length)

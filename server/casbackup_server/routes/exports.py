@@ -13,7 +13,7 @@ from casbackup.formats.registry import format_by_name
 from casbackup.jobs.export import archive_name, plan_export
 from casbackup.limits import MAX_DISKS, MAX_REST_EXPORTS
 from casbackup.repository.catalog import Snapshot
-from casbackup_server.context import Context, Ctx
+from casbackup_server.context import BrowsingContext, BrowsingCtx
 from casbackup_server.diskbody import RAW
 from casbackup_server.exporting import RunningExport
 from casbackup_server.problems import responses
@@ -46,7 +46,7 @@ _ANSWERS = {
 
 @router.get("/snapshots/{snapshot}/export", response_class=Response, responses=_ANSWERS)
 async def export_snapshot(
-    context: Ctx,
+    context: BrowsingCtx,
     snapshot: SnapshotPath,
     format_name: _Format = "vma",
     compress: Annotated[Literal["none", "zstd", "gzip"], Query(description="Compress the archive.")] = "none",
@@ -72,7 +72,7 @@ async def export_snapshot(
     return Streamed(content, running.end, headers=headers, media_type=RAW)
 
 
-def _take_place(context: Context, stack: contextlib.ExitStack) -> None:
+def _take_place(context: BrowsingContext, stack: contextlib.ExitStack) -> None:
     places = context.server.exports
     if not places.acquire(blocking=False):
         raise ServerBusy(f"{MAX_REST_EXPORTS} exports are under way already")
@@ -80,7 +80,7 @@ def _take_place(context: Context, stack: contextlib.ExitStack) -> None:
 
 
 def _started(
-    context: Context,
+    context: BrowsingContext,
     snapshot: Snapshot,
     format_name: str,
     compression: str,

@@ -17,7 +17,7 @@ from casbackup_server.context import Context, Ctx, NamespaceQuery, VmQuery, owne
 from casbackup_server.problems import responses
 from casbackup_server.rights import Right
 from casbackup_server.routes.binary import Binary, giving
-from casbackup_server.routes.repositories import visible
+from casbackup_server.routes.browsing import visible
 from casbackup_server.snapshotframes import frame_of, frames_of
 
 router = APIRouter(prefix="/manifests", tags=["snapshots"])

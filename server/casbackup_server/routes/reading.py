@@ -19,7 +19,7 @@ from casbackup_server.context import Context, Ctx, ReadingPath, Readings
 from casbackup_server.problems import responses
 from casbackup_server.rights import Right
 from casbackup_server.routes.binary import Binary, body_of, giving, taking
-from casbackup_server.routes.repositories import visible
+from casbackup_server.routes.browsing import visible
 
 router = APIRouter(tags=["data"])
 

@@ -14,10 +14,11 @@ from casbackup.peer.usage import usage_of, usage_to_map
 from casbackup.repository.catalog import Snapshot
 from casbackup.repository.stored_key import read_stored_key, write_stored_key
 from casbackup.spec.config import encode_config
-from casbackup_server.context import Context, Ctx
+from casbackup_server.context import Ctx
 from casbackup_server.problems import Refusal, responses
 from casbackup_server.rights import Right
-from casbackup_server.routes.binary import Binary, giving
+from casbackup_server.routes.binary import Binary, body_of, giving, taking
+from casbackup_server.routes.browsing import visible
 
 router = APIRouter(tags=["repositories"])
 
@@ -99,12 +100,6 @@ async def usage(context: Ctx, asked: Groups) -> UsageOfGroups:
     if context.access.grant.isolated:
         context.access.require_all(Right.READ)
     return UsageOfGroups(**await context.server.threads.run(work))
-
-
-def visible(context: Context) -> dict[SnapshotId, Snapshot]:
-    """The snapshots that this request may see."""
-    found, _ = context.served.repository.catalog.survey()
-    return {s.id: s for s in found if context.access.sees(s.manifest.namespace, s.manifest.vm)}
 
 
 def _known(by_id: dict[SnapshotId, Snapshot], text: str) -> Snapshot:
