@@ -16,7 +16,7 @@ from casbackup.peer.seen import FORGETFUL, Seen, SeenSnapshots
 from casbackup.peer.usage import UsageReport
 from casbackup.repository.catalog import Snapshot
 from casbackup.spec.config import RepositoryConfig
-from casbackup.spec.manifest import Manifest, Sidecar
+from casbackup.spec.manifest import Manifest, Sidecar, encode_manifest
 from casbackup.spec.record import Record
 from casbackup.store.blobstore import Fetched
 from casbackup.store.writer import StoredBytes
@@ -132,6 +132,13 @@ class SealedPeer:
         manifest = self._seal.open(stored.manifest, f"the manifest of {stored.reference}")
         return Snapshot(stored.id, manifest, self._opened_sidecar(stored))
 
+    def as_stored(self, manifest: Manifest, sidecar: Sidecar) -> tuple[bytes, Sidecar]:
+        """A snapshot that another repository has otherwise, sealed for ``PeerSession.adopt``."""
+        data, snapshot_id = encode_manifest(self._seal.seal(manifest))
+        if sidecar.notes is not None:
+            sidecar = replace(sidecar, notes=self._seal.seal_notes(snapshot_id, sidecar.notes))
+        return data, sidecar
+
     def commit(self, session: PeerSession, draft: Manifest) -> Snapshot:
         """Number, seal and commit a draft; anew when another client was quicker.
 
@@ -156,6 +163,14 @@ class SealedPeer:
             self._remember(draft.namespace, draft.vm, snapshot)
             return snapshot
         raise CommitOutdated(f"other snapshots of {draft.vm} were made again and again meanwhile")
+
+    def adopt(self, session: PeerSession, manifest: bytes, sidecar: Sidecar) -> Snapshot:
+        """Like ``PeerSession.adopt``: the manifest comes as it is stored, the sidecar as it is read."""
+        stored, snapshot_id = decode_manifest(manifest, "to be copied")
+        self._seal.open(stored, "the manifest to be copied")
+        if sidecar.notes is not None:
+            sidecar = replace(sidecar, notes=self._seal.seal_notes(snapshot_id, sidecar.notes))
+        return self.opened(session.adopt(manifest, sidecar))
 
     def _opened_sidecar(self, snapshot: Snapshot) -> Sidecar:
         notes = snapshot.sidecar.notes
@@ -226,7 +241,7 @@ class SealedSession:
         return self._peer.commit(self._session, draft)
 
     def adopt(self, manifest: bytes, sidecar: Sidecar = Sidecar()) -> Snapshot:  # noqa: B008  it is immutable
-        return self._peer.opened(self._session.adopt(manifest, sidecar))
+        return self._peer.adopt(self._session, manifest, sidecar)
 
     def finish(self) -> None:
         self._session.finish()

@@ -39,8 +39,9 @@ FORGETFUL = _Forgetful()
 
 
 class SeenFolder:
-    """In a folder, one file a repository: JSON, replaced atomically. What cannot be read counts as not seen, and what
-    cannot be written is not remembered.
+    """In a folder: one file a repository, and one of places; JSON, replaced atomically.
+
+    What cannot be read counts as not seen, and what cannot be written is not remembered.
     """
 
     def __init__(self, folder: str, fs: FileSystem | None = None) -> None:
@@ -48,27 +49,43 @@ class SeenFolder:
         self._fs = fs or RealFileSystem()
 
     def newest(self, repository_id: str, namespace: Namespace, vm: VmName) -> Seen | None:
-        found = self._read(repository_id).get(f"{namespace}:{vm}")
+        found = self._read(self._path(repository_id)).get(f"{namespace}:{vm}")
         match found:
             case [int(sequence), str(snapshot)] if re.fullmatch("[0-9a-f]{64}", snapshot):
                 return Seen(sequence, SnapshotId(snapshot))
         return None
 
     def note(self, repository_id: str, namespace: Namespace, vm: VmName, newest: Seen | None) -> None:
-        content = self._read(repository_id)
-        before = content.pop(f"{namespace}:{vm}", None)
-        if newest is not None:
-            content[f"{namespace}:{vm}"] = list(newest)
-        if content.get(f"{namespace}:{vm}") == before:
+        self._put(self._path(repository_id), f"{namespace}:{vm}", None if newest is None else list(newest))
+
+    def key_at(self, place: str) -> str | None:
+        """The fingerprint of the key that the repository at a place (a path, an address) had; None: none is known."""
+        found = self._read(self.places).get(place)
+        return found if isinstance(found, str) else None
+
+    def note_key_at(self, place: str, fingerprint: str | None) -> None:
+        """None: the repository there is not encrypted."""
+        self._put(self.places, place, fingerprint)
+
+    @property
+    def places(self) -> str:
+        """The file that says which key belongs where."""
+        return os.path.join(self._folder, "places.json")
+
+    def _put(self, path: str, name: str, value: object) -> None:
+        content = self._read(path)
+        if content.get(name) == value:
             return
+        content[name] = value
         with contextlib.suppress(OSError):
             self._fs.make_folders(self._folder)
-            data = json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
-            write_durably(self._fs, self._path(repository_id), data, replace=True)
+            kept = {name: value for name, value in content.items() if value is not None}
+            data = json.dumps(kept, indent=1, sort_keys=True).encode() + b"\n"
+            write_durably(self._fs, path, data, replace=True)
 
-    def _read(self, repository_id: str) -> dict[str, object]:
+    def _read(self, path: str) -> dict[str, object]:
         with contextlib.suppress(OSError, ValueError):
-            content = json.loads(self._fs.read(self._path(repository_id)))
+            content = json.loads(self._fs.read(path))
             if isinstance(content, dict):
                 return content
         return {}

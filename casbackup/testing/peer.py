@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 
-from casbackup.codec.codec import PLAIN
+from casbackup.codec.codec import PLAIN, Codec
 from casbackup.errors import (
     BlobMissing,
     ClosureViolation,
@@ -50,8 +50,13 @@ _LEVEL = 2
 class PeerConformance:
     """All the checks of one implementation."""
 
-    def __init__(self, opened: Opened) -> None:
+    def __init__(
+        self, opened: Opened, codec: Codec = PLAIN, sealed: Callable[[Manifest], Manifest] = lambda manifest: manifest
+    ) -> None:
+        """``codec``: how the peer's blobs are made. ``sealed``: what another repository's manifest is made of."""
         self._opened = opened
+        self._make = BlobMaker(codec)
+        self._sealed = sealed
 
     def checks(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """Name and function of each check."""
@@ -64,11 +69,14 @@ class PeerConformance:
         for _name, check in self.checks():
             check()
 
+    def _copy(self, manifest: Manifest) -> tuple[bytes, SnapshotId]:
+        return encode_manifest(self._sealed(manifest))
+
     # --- storing
 
     def check_everything_is_missing_at_first(self) -> None:
         with self._opened() as peer:
-            ids = [chunk(b"a").id, chunk(b"b").id]
+            ids = [self._make.chunk(b"a").id, self._make.chunk(b"b").id]
             session = _session(peer)
             assert session.missing(ids) == set(ids)
             assert session.missing([]) == set()
@@ -77,7 +85,11 @@ class PeerConformance:
     def check_what_was_sent_is_not_missing(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            a, b, c = chunk(b"a" * 5000), chunk(random.Random(1).randbytes(5000)), chunk(b"c")
+            a, b, c = (
+                self._make.chunk(b"a" * 5000),
+                self._make.chunk(random.Random(1).randbytes(5000)),
+                self._make.chunk(b"c"),
+            )
             session.send([a, b])
             assert session.missing([a.id, b.id, c.id]) == {c.id}
             session.flush()
@@ -87,7 +99,7 @@ class PeerConformance:
     def check_sending_counts_what_is_new(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            a, b = chunk(b"a" * 5000), chunk(random.Random(1).randbytes(5000))
+            a, b = self._make.chunk(b"a" * 5000), self._make.chunk(random.Random(1).randbytes(5000))
             first = session.send([a, b])
             assert (first.blobs, first.plain_bytes) == (2, 10_000)
             assert first.stored_bytes == a.total_bytes + b.total_bytes
@@ -98,7 +110,7 @@ class PeerConformance:
     def check_flushed_blobs_are_there_for_other_sessions(self) -> None:
         with self._opened() as peer:
             one, two = _session(peer), _session(peer)
-            record = chunk(b"shared")
+            record = self._make.chunk(b"shared")
             one.send([record])
             one.flush()
             assert two.missing([record.id]) == set()
@@ -108,8 +120,8 @@ class PeerConformance:
     def check_two_sessions_send_the_same(self) -> None:
         with self._opened() as peer:
             one, two = _session(peer), _session(peer)
-            records = [chunk(b"%d" % n * 1000) for n in range(10)]
-            records.append(leaf([Extent(4000, 0, r.id) for r in records[:1]], 1000))
+            records = [self._make.chunk(b"%d" % n * 1000) for n in range(10)]
+            records.append(self._make.leaf([Extent(4000, 0, r.id) for r in records[:1]], 1000))
             one.send(records)
             two.send(records)
             assert two.missing([r.id for r in records]) == set()
@@ -120,7 +132,7 @@ class PeerConformance:
     def check_sending_from_several_threads(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            records = [chunk(random.Random(n).randbytes(3000)) for n in range(200)]
+            records = [self._make.chunk(random.Random(n).randbytes(3000)) for n in range(200)]
             counts: list[int] = []
 
             def send(part: Sequence[Record]) -> None:
@@ -141,12 +153,12 @@ class PeerConformance:
         """Counts are exact once settled, children come before nodes, and what is under way is not missing."""
         with self._opened() as peer:
             session = _session(peer)
-            records = [chunk(random.Random(n).randbytes(9000)) for n in range(300)]
+            records = [self._make.chunk(random.Random(n).randbytes(9000)) for n in range(300)]
             counts: list[StoredBytes] = []
             for start in range(0, 300, 10):
                 part = records[start : start + 10]
                 session.send_soon(part, counts.append)
-                session.send_soon([leaf([Extent(9000, 0, r.id) for r in part])], counts.append)
+                session.send_soon([self._make.leaf([Extent(9000, 0, r.id) for r in part])], counts.append)
                 assert session.missing([r.id for r in part]) == set()
             session.send_soon(records[:10], counts.append)
             session.send_soon([], counts.append)
@@ -161,7 +173,7 @@ class PeerConformance:
     def check_a_bad_node_sent_without_waiting_is_told_at_last(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            bad = leaf([Extent(4096, 0, chunk(b"never sent").id)])
+            bad = self._make.leaf([Extent(4096, 0, self._make.chunk(b"never sent").id)])
 
             def send() -> None:
                 session.send_soon([bad], lambda _: None)
@@ -173,8 +185,8 @@ class PeerConformance:
     def check_a_leaf_is_asked_for_with_its_chunks(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            a, b = chunk(b"a" * 4096), chunk(b"b" * 4096)
-            node = leaf([Extent(4096, 0, a.id), Extent(4096, 0, b.id)])
+            a, b = self._make.chunk(b"a" * 4096), self._make.chunk(b"b" * 4096)
+            node = self._make.leaf([Extent(4096, 0, a.id), Extent(4096, 0, b.id)])
             session.send([a])
             assert session.missing_leaf(node.id, [a.id, b.id]) == {node.id, b.id}
             session.send([b, node])
@@ -186,9 +198,9 @@ class PeerConformance:
     def check_a_leaf_of_unknown_chunks_is_refused(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            known, unknown = chunk(b"k" * 4096), chunk(b"u" * 4096)
+            known, unknown = self._make.chunk(b"k" * 4096), self._make.chunk(b"u" * 4096)
             session.send([known])
-            bad = leaf([Extent(4096, 0, known.id), Extent(4096, 0, unknown.id)])
+            bad = self._make.leaf([Extent(4096, 0, known.id), Extent(4096, 0, unknown.id)])
             assert _raises(ClosureViolation, lambda: session.send([bad]))
             assert session.missing([bad.id]) == {bad.id}
             session.send([unknown, bad])
@@ -198,20 +210,20 @@ class PeerConformance:
     def check_a_slice_beyond_the_end_of_its_chunk_is_refused(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            record = chunk(b"k" * 4096)
+            record = self._make.chunk(b"k" * 4096)
             session.send([record])
-            assert _raises(ClosureViolation, lambda: session.send([leaf([Extent(4096, 1, record.id)])]))
+            assert _raises(ClosureViolation, lambda: session.send([self._make.leaf([Extent(4096, 1, record.id)])]))
             session.flush()
-            assert _raises(ClosureViolation, lambda: session.send([leaf([Extent(4097, 0, record.id)])]))
-            session.send([leaf([Extent(4095, 1, record.id)])])
+            assert _raises(ClosureViolation, lambda: session.send([self._make.leaf([Extent(4097, 0, record.id)])]))
+            session.send([self._make.leaf([Extent(4095, 1, record.id)])])
             session.abort()
 
     def check_an_inner_node_of_unknown_children_is_refused(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            record = chunk(b"k" * 4096)
-            child = full_leaf(record)
-            bad = inner(1, [ZERO_ID, child.id])
+            record = self._make.chunk(b"k" * 4096)
+            child = self._make.full_leaf(record)
+            bad = self._make.inner(1, [ZERO_ID, child.id])
             session.send([record])
             assert _raises(ClosureViolation, lambda: session.send([bad]))
             session.send([child, bad])
@@ -220,19 +232,19 @@ class PeerConformance:
     def check_kinds_are_not_confused(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            record = chunk(b"k" * 4096)
-            child = full_leaf(record)
+            record = self._make.chunk(b"k" * 4096)
+            child = self._make.full_leaf(record)
             session.send([record, child])
-            assert _raises(ClosureViolation, lambda: session.send([inner(1, [record.id])]))
-            assert _raises(ClosureViolation, lambda: session.send([leaf([Extent(40, 0, child.id)])]))
+            assert _raises(ClosureViolation, lambda: session.send([self._make.inner(1, [record.id])]))
+            assert _raises(ClosureViolation, lambda: session.send([self._make.leaf([Extent(40, 0, child.id)])]))
             session.abort()
 
     def check_a_node_with_a_wrong_id_is_refused(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            record = chunk(b"k" * 4096)
+            record = self._make.chunk(b"k" * 4096)
             session.send([record])
-            right, other = full_leaf(record), leaf([Extent(4096, 0, record.id)])
+            right, other = self._make.full_leaf(record), self._make.leaf([Extent(4096, 0, record.id)])
             wrong = right._replace(id=other.id)
             assert _raises(DataDamage, lambda: session.send([wrong]))
             assert session.missing([other.id]) == {other.id}
@@ -241,7 +253,7 @@ class PeerConformance:
     def check_a_commit_without_its_root_is_refused(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            draft = _manifest([("a", 4096, chunk(b"never sent").id)])
+            draft = _manifest([("a", 4096, self._make.chunk(b"never sent").id)])
             assert _raises(ClosureViolation, lambda: session.commit(draft))
             assert peer.snapshots() == []
             session.abort()
@@ -249,7 +261,7 @@ class PeerConformance:
     def check_a_commit_without_its_config_is_refused(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            config = ConfigRecord("qemu.conf", 3, PLAIN.encode_blob(BlobKind.CONFIG, b"abc", _LEVEL).id)
+            config = ConfigRecord("qemu.conf", 3, self._make.codec.encode_blob(BlobKind.CONFIG, b"abc", _LEVEL).id)
             assert _raises(ClosureViolation, lambda: session.commit(_manifest([], configs=(config,))))
             session.abort()
 
@@ -258,7 +270,7 @@ class PeerConformance:
     def check_a_snapshot_is_visible_after_its_commit(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            draft = stored_disk(session, b"x" * 4096)
+            draft = stored_disk(session, b"x" * 4096, make=self._make)
             assert peer.snapshots() == []
             snapshot = session.commit(draft)
             assert peer.snapshots() == [snapshot]
@@ -283,7 +295,7 @@ class PeerConformance:
     def check_everything_in_a_manifest_comes_back(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            config = PLAIN.encode_blob(BlobKind.CONFIG, b"name: \xff\0web\n", _LEVEL)
+            config = self._make.codec.encode_blob(BlobKind.CONFIG, b"name: \xff\0web\n", _LEVEL)
             session.send([config])
             draft = Manifest(
                 Namespace("acme/prod"),
@@ -349,8 +361,8 @@ class PeerConformance:
         with self._opened() as peer:
             own = committed(peer, b"own")
             session = _session(peer)
-            draft = stored_disk(session, b"copied", time_ms=TIME_MS - 1)
-            manifest, snapshot_id = encode_manifest(_foreign(draft))
+            draft = stored_disk(session, b"copied", time_ms=TIME_MS - 1, make=self._make)
+            manifest, snapshot_id = self._copy(_foreign(draft))
             sidecar = Sidecar(pinned=True, labels=("offsite",), notes="copied")
             copy = session.adopt(manifest, sidecar)
             assert copy.id == snapshot_id
@@ -366,8 +378,11 @@ class PeerConformance:
     def check_a_session_adopts_any_number_of_any_vm(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            drafts = [stored_disk(session, b"%d" % n, time_ms=TIME_MS - n, vm=(VM, OTHER_VM)[n % 2]) for n in range(6)]
-            copies = [encode_manifest(_foreign(draft)) for draft in drafts]
+            drafts = [
+                stored_disk(session, b"%d" % n, time_ms=TIME_MS - n, vm=(VM, OTHER_VM)[n % 2], make=self._make)
+                for n in range(6)
+            ]
+            copies = [self._copy(_foreign(draft)) for draft in drafts]
             for manifest, _ in copies:
                 session.adopt(manifest)
             session.park()
@@ -378,7 +393,7 @@ class PeerConformance:
     def check_adopting_twice_changes_nothing(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            manifest, _ = encode_manifest(_foreign(stored_disk(session, b"copied")))
+            manifest, _ = self._copy(_foreign(stored_disk(session, b"copied", make=self._make)))
             first = session.adopt(manifest)
             changed = peer.annotate(first, notes="changed here")
             assert session.adopt(manifest, Sidecar(notes="changed there")) == changed
@@ -388,7 +403,7 @@ class PeerConformance:
     def check_the_next_snapshot_follows_the_copy(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            copy = session.adopt(encode_manifest(_foreign(stored_disk(session, b"copied")))[0])
+            copy = session.adopt(self._copy(_foreign(stored_disk(session, b"copied", make=self._make)))[0])
             session.finish()
             own = committed(peer, b"own", time_ms=TIME_MS - 1000)
             assert (own.manifest.sequence, own.manifest.parent) == (8, copy.id)
@@ -398,7 +413,9 @@ class PeerConformance:
         with self._opened() as peer:
             own = committed(peer, b"own")
             session = _session(peer)
-            manifest, _ = encode_manifest(_foreign(stored_disk(session, b"copied", time_ms=own.manifest.time_ms)))
+            manifest, _ = self._copy(
+                _foreign(stored_disk(session, b"copied", time_ms=own.manifest.time_ms, make=self._make))
+            )
             assert _raises(SnapshotConflict, lambda: session.adopt(manifest))
             assert peer.snapshots() == [own]
             session.abort()
@@ -406,30 +423,30 @@ class PeerConformance:
     def check_a_copy_without_its_data_is_refused(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            draft = _foreign(_manifest([("a", 4096, chunk(b"never sent").id)]))
-            assert _raises(ClosureViolation, lambda: session.adopt(encode_manifest(draft)[0]))
-            config = ConfigRecord("qemu.conf", 3, PLAIN.encode_blob(BlobKind.CONFIG, b"abc", _LEVEL).id)
+            draft = _foreign(_manifest([("a", 4096, self._make.chunk(b"never sent").id)]))
+            assert _raises(ClosureViolation, lambda: session.adopt(self._copy(draft)[0]))
+            config = ConfigRecord("qemu.conf", 3, self._make.codec.encode_blob(BlobKind.CONFIG, b"abc", _LEVEL).id)
             draft = _foreign(_manifest([], configs=(config,)))
-            assert _raises(ClosureViolation, lambda: session.adopt(encode_manifest(draft)[0]))
+            assert _raises(ClosureViolation, lambda: session.adopt(self._copy(draft)[0]))
             assert peer.snapshots() == []
             session.abort()
 
     def check_a_copy_whose_root_does_not_fit_is_refused(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            record = chunk(b"k" * 4096)
-            node = full_leaf(record)
+            record = self._make.chunk(b"k" * 4096)
+            node = self._make.full_leaf(record)
             session.send([record, node])
             for root in (record.id, node.id):
                 draft = _foreign(_manifest([("a", 5 * SEGMENT_BYTES, root)]))
-                assert _raises(NodeInvalid, partial(session.adopt, encode_manifest(draft)[0]))
+                assert _raises(NodeInvalid, partial(session.adopt, self._copy(draft)[0]))
             assert peer.snapshots() == []
             session.abort()
 
     def check_a_damaged_manifest_is_no_copy(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            manifest, _ = encode_manifest(_foreign(stored_disk(session, b"copied")))
+            manifest, _ = self._copy(_foreign(stored_disk(session, b"copied", make=self._make)))
             for broken in (manifest[:-1], manifest[:40] + b"?" + manifest[41:], b""):
                 assert _raises(ManifestDamaged, partial(session.adopt, broken))
             assert peer.snapshots() == []
@@ -467,7 +484,7 @@ class PeerConformance:
     def check_ended_sessions_have_ended(self) -> None:
         with self._opened() as peer:
             gone, done = _session(peer), _session(peer)
-            gone.send([chunk(b"x")])
+            gone.send([self._make.chunk(b"x")])
             gone.abort()
             gone.abort()
             done.commit(_manifest([]))
@@ -480,7 +497,7 @@ class PeerConformance:
     def check_a_parked_session_goes_on(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            draft = stored_disk(session, b"resumed" * 1000)
+            draft = stored_disk(session, b"resumed" * 1000, make=self._make)
             session.flush()
             session.park()
             again = peer.resume_session(session.id)
@@ -494,7 +511,7 @@ class PeerConformance:
             users = [session]
             with contextlib.suppress(SessionBusy):
                 users.append(peer.resume_session(session.id))
-            unknown = chunk(b"unknown").id
+            unknown = self._make.chunk(b"unknown").id
             assert [_raises(SessionBusy, partial(user.missing, [unknown])) for user in users] in (
                 [False],
                 [True, False],
@@ -507,13 +524,15 @@ class PeerConformance:
     def check_fetching(self) -> None:
         with self._opened() as peer:
             session = _session(peer)
-            plain = {chunk(p).id: p for p in (random.Random(n).randbytes(1 + n * 37 % 9000) for n in range(1500))}
-            session.send([chunk(p) for p in plain.values()])
+            plain = {
+                self._make.chunk(p).id: p for p in (random.Random(n).randbytes(1 + n * 37 % 9000) for n in range(1500))
+            }
+            session.send([self._make.chunk(p) for p in plain.values()])
             session.flush()
-            unknown = chunk(b"unknown").id
+            unknown = self._make.chunk(b"unknown").id
             found = dict(peer.fetch([*plain, unknown]))
             assert isinstance(found.pop(unknown), BlobMissing)
-            assert {i: bytes(PLAIN.decode(r)) for i, r in found.items() if isinstance(r, Record)} == plain
+            assert {i: bytes(self._make.codec.decode(r)) for i, r in found.items() if isinstance(r, Record)} == plain
             assert list(peer.fetch([])) == []
             session.abort()
 
@@ -526,30 +545,37 @@ class PeerConformance:
             assert len(peer.snapshots()) == 2
 
 
-def chunk(plain: bytes) -> Record:
-    return PLAIN.encode_blob(BlobKind.CHUNK, plain, _LEVEL)
+class BlobMaker:
+    """Records of small blobs."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+
+    def chunk(self, plain: bytes) -> Record:
+        return self.codec.encode_blob(BlobKind.CHUNK, plain, _LEVEL)
+
+    def leaf(self, extents: Sequence[Extent], span: int | None = None) -> Record:
+        """The leaf of these extents; with ``span``, only of their first bytes."""
+        if span is not None:
+            extents = [extents[0]._replace(length=span)]
+        return self.codec.encode_blob(BlobKind.NODE, encode_leaf(extents), _LEVEL)
+
+    def full_leaf(self, record: Record) -> Record:
+        """A leaf of a whole segment: the chunk, and zeros."""
+        return self.leaf([Extent(record.plain_length, 0, record.id), zero_extent(SEGMENT_BYTES - record.plain_length)])
+
+    def inner(self, level: int, children: Sequence[BlobId]) -> Record:
+        return self.codec.encode_blob(BlobKind.NODE, encode_inner(level, children), _LEVEL)
 
 
-def leaf(extents: Sequence[Extent], span: int | None = None) -> Record:
-    """The leaf of these extents; with ``span``, only of their first bytes."""
-    if span is not None:
-        extents = [extents[0]._replace(length=span)]
-    return PLAIN.encode_blob(BlobKind.NODE, encode_leaf(extents), _LEVEL)
+_PLAIN = BlobMaker(PLAIN)
+chunk, leaf, full_leaf, inner = _PLAIN.chunk, _PLAIN.leaf, _PLAIN.full_leaf, _PLAIN.inner
 
 
-def full_leaf(record: Record) -> Record:
-    """A leaf of a whole segment: the chunk, and zeros."""
-    return leaf([Extent(record.plain_length, 0, record.id), zero_extent(SEGMENT_BYTES - record.plain_length)])
-
-
-def inner(level: int, children: Sequence[BlobId]) -> Record:
-    return PLAIN.encode_blob(BlobKind.NODE, encode_inner(level, children), _LEVEL)
-
-
-def stored_disk(session: PeerSession, content: bytes, **fields: object) -> Manifest:
+def stored_disk(session: PeerSession, content: bytes, *, make: BlobMaker = _PLAIN, **fields: object) -> Manifest:
     """Send a disk of one chunk, and give the draft of its snapshot."""
-    record = chunk(content)
-    node = leaf([Extent(len(content), 0, record.id)])
+    record = make.chunk(content)
+    node = make.leaf([Extent(len(content), 0, record.id)])
     session.send([record, node])
     return _manifest([("scsi0", len(content), node.id)], **fields)
 
@@ -564,7 +590,8 @@ def committed(
 ) -> Snapshot:
     """A snapshot of a disk of one chunk."""
     session = peer.open_session(namespace, vm)
-    return session.commit(stored_disk(session, content, vm=vm, namespace=namespace, time_ms=time_ms))
+    draft = stored_disk(session, content, make=BlobMaker(peer.codec), vm=vm, namespace=namespace, time_ms=time_ms)
+    return session.commit(draft)
 
 
 def _foreign(draft: Manifest) -> Manifest:
@@ -592,7 +619,7 @@ def _fetched(peer: Peer, records: Sequence[Record]) -> list[tuple[BlobId, Record
 
 
 def _fetched_plain(peer: Peer, ids: Sequence[BlobId]) -> list[tuple[BlobId, bytes]]:
-    return [(i, bytes(PLAIN.decode(r))) for i, r in peer.fetch(ids) if isinstance(r, Record)]
+    return [(i, bytes(peer.codec.decode(r))) for i, r in peer.fetch(ids) if isinstance(r, Record)]
 
 
 def _raises(kind: type[Exception], action: Callable[[], object]) -> bool:

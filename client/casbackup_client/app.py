@@ -147,7 +147,7 @@ class App:
                 return
             from casbackup_client.keys import unlocked
 
-            yield unlocked(stored, self.keys, use, self.output.complain)
+            yield unlocked(stored, self.repository_path, self.keys, use, self.output.complain)
 
     @contextlib.contextmanager
     def stored_peer(self, *, outlives_signals: bool = False) -> Iterator[StoredPeer]:

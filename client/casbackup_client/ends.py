@@ -46,7 +46,7 @@ def opened(app: App, end: End, use: KeyUse = KeyUse.NONE) -> Iterator[Peer]:
             return
         from casbackup_client.keys import unlocked
 
-        yield unlocked(stored, app.keys_of(end.profile), use, app.output.complain)
+        yield unlocked(stored, end.place, app.keys_of(end.profile), use, app.output.complain)
 
 
 @contextlib.contextmanager

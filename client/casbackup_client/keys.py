@@ -18,11 +18,12 @@ from casbackup.keys.memory import keep_out_of_dumps
 from casbackup.keys.ring import KeyRing
 from casbackup.keys.wrapping import unwrap
 from casbackup.spec.config import RepositoryConfig
-from casbackup_client.app import KeyUse
+from casbackup_client.app import KeyUse, is_address
 from casbackup_client.passphrases import NEW_VARIABLE, VARIABLE, Configured, Passphrases
 
 if TYPE_CHECKING:
     from casbackup.peer.api import Peer, StoredPeer
+    from casbackup.peer.seen import SeenFolder
     from casbackup.spec.keyfile import KeyFile
     from casbackup_client.config_file import Profile
 
@@ -126,16 +127,22 @@ class Keys:
             raise KeyMismatch(f"the repository {found}; key {wanted} is wanted")
 
 
-def unlocked(stored: StoredPeer, keys: Keys, use: KeyUse, warn: Callable[[str], None]) -> Peer:
+def unlocked(stored: StoredPeer, place: str, keys: Keys, use: KeyUse, warn: Callable[[str], None]) -> Peer:
     """The repository as its owner sees it, as far as ``use`` asks for that; what is not encrypted, as it is.
 
-    ``warn`` hears of what looks like a repository that was put back to an older state.
+    ``place``: where it is. Which key it had there is remembered: whoever keeps the repository could say that it is not
+    encrypted, and be sent everything to read with the next backup. ``warn`` hears of what looks like a repository that
+    was put back to an older state.
 
     :raise EncryptionError: when the key is needed and cannot be had, or is not the one that the user wants.
     """
     if use is KeyUse.NONE:
         return stored
+    from casbackup.peer.seen import SeenFolder
+
     keys.check(stored.config)
+    seen = SeenFolder(_seen_folder())
+    _require_same_key(seen, place_of(place), stored.config)
     if not stored.config.encrypted:
         return stored
     try:
@@ -145,9 +152,37 @@ def unlocked(stored: StoredPeer, keys: Keys, use: KeyUse, warn: Callable[[str], 
             raise
         return stored
     from casbackup.peer.sealed import SealedPeer
+
+    opened = SealedPeer(stored, key, seen, warn)
+    seen.note_key_at(place_of(place), key.fingerprint)
+    return opened
+
+
+def note_new(place: str, fingerprint: str) -> None:
+    """A repository was made there; ``fingerprint`` of its key is empty if it is not encrypted."""
     from casbackup.peer.seen import SeenFolder
 
-    return SealedPeer(stored, key, SeenFolder(_seen_folder()), warn)
+    SeenFolder(_seen_folder()).note_key_at(place_of(place), fingerprint or None)
+
+
+def place_of(repository: str) -> str:
+    """The one name of a place."""
+    if not is_address(repository):
+        return os.path.realpath(repository)
+    from casbackup.peer.http.address import parse_address
+
+    return str(parse_address(repository))
+
+
+def _require_same_key(seen: SeenFolder, place: str, config: RepositoryConfig) -> None:
+    """:raise KeyMismatch: when the repository at that place had another key when it was opened last."""
+    before = seen.key_at(place)
+    if before is not None and before != config.key_fingerprint:
+        found = f"key {config.key_fingerprint}" if config.encrypted else "no key"
+        raise KeyMismatch(
+            f"{place} had key {before} when it was opened here last, and has {found} now; "
+            f"if you have replaced it yourself, remove it from {seen.places}"
+        )
 
 
 def default_folder() -> str:

@@ -54,6 +54,7 @@ def init(
     """
     from casbackup.repository.repository import Repository
     from casbackup_client.documenting import key_document, repository_document
+    from casbackup_client.keys import note_new
 
     wrap = Wrap(comment, recipients, passphrase)
     if not encrypted and (key or store_key or wrap.is_given):
@@ -67,6 +68,7 @@ def init(
         if copy is not None:
             _store(repository, copy)
         document: InitDocument = {"repository": repository_document(repository)}
+    note_new(path, fingerprint)
     if key_file is not None:
         document["new_key"] = key_document(key_file, app.keys.ring.path(fingerprint))
     app.output.result(document, lambda: _lines(document), essential=False)

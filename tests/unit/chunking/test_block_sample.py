@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casbackup.chunking.block_sample import _SAMPLE_OFFSETS, BlockSampleChunker, Span
+from casbackup.codec.crypto import scrambler
 from casbackup.limits import BLOCK_BYTES, SEGMENT_BLOCKS, SEGMENT_BYTES
 from casbackup.spec.config import ChunkerConfig
 
@@ -139,3 +141,36 @@ def test_other_parameters() -> None:
     spans = chunker.spans(bytearray(data), len(data))
     assert [s.offset // BLOCK_BYTES for s in spans if s.is_zero] == [9]
     assert all(s.length <= 2 * BLOCK_BYTES for s in spans)
+
+
+def keyed(byte: int) -> BlockSampleChunker:
+    return BlockSampleChunker(CONFIG, scrambler(bytes([byte]) * 32))
+
+
+def cuts(chunker: BlockSampleChunker, data: bytes) -> list[int]:
+    return [span.offset for span in chunker.spans(padded(data), len(data))]
+
+
+def test_with_a_key_the_same_rules_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "CHUNKER", keyed(1))
+    check(blocks("random", 600, 1) + blocks("zero", 10, 0) + blocks("sparse", 9, 0) + blocks("same", 50, 3) + b"t")
+
+
+def test_cuts_depend_on_the_key_and_on_all_samples() -> None:
+    data = blocks("random", SEGMENT_BLOCKS, 5)
+    assert cuts(keyed(1), data) == cuts(keyed(1), data)
+    assert len({tuple(cuts(chunker, data)) for chunker in (CHUNKER, keyed(1), keyed(2))}) == 3
+    # Blocks whose samples have the same XOR are alike without a key; with one, they are not.
+    pairs = bytearray(blocks("same", SEGMENT_BLOCKS, 6))
+    for number in range(SEGMENT_BLOCKS):
+        for offset in _SAMPLE_OFFSETS[:2]:
+            pairs[number * BLOCK_BYTES + offset] ^= number % 256
+    plain, secret = cuts(CHUNKER, bytes(pairs)), cuts(keyed(1), bytes(pairs))
+    assert len({b - a for a, b in itertools.pairwise(plain)}) == 1
+    assert len({b - a for a, b in itertools.pairwise(secret)}) > 5
+
+
+def test_with_a_key_chunks_have_the_same_mean_length() -> None:
+    data = blocks("random", SEGMENT_BLOCKS, 7)
+    plain, secret = len(cuts(CHUNKER, data)), len(cuts(keyed(1), data))
+    assert 0.7 < plain / secret < 1.4
