@@ -28,16 +28,26 @@ _ENDED = (7, 8)
 
 
 class SnapshotFiles(mfusepy.Operations):  # type: ignore[misc]
-    """What libfuse calls, from many threads. Everything is read-only and belongs to whoever mounted it."""
+    """What libfuse calls, from many threads. Everything is read-only and belongs to whoever mounted it.
+
+    Modes only say who can read: libfuse lets in the owner alone, or everybody.
+    """
 
     use_ns = True
 
-    def __init__(self, tree: Callable[[], Folder], files: OpenFiles, clock: Clock, report: Report) -> None:
-        """``tree``: asked again after a while, so new snapshots appear and forgotten ones vanish."""
+    def __init__(
+        self, tree: Callable[[], Folder], files: OpenFiles, clock: Clock, report: Report, *, for_all: bool
+    ) -> None:
+        """``tree``: asked again after a while, so new snapshots appear and forgotten ones vanish.
+
+        ``for_all``: whether other users can read, too.
+        """
         self._tree = tree
         self._files = files
         self._clock = clock
         self._report = report
+        self.for_all = for_all
+        self._folder_mode, self._file_mode = (0o555, 0o444) if for_all else (0o500, 0o400)
         self._owner = {"st_uid": os.getuid(), "st_gid": os.getgid()}
         self._root = tree()
         self._fresh_until_s = clock.monotonic_s() + _FRESH_S
@@ -49,11 +59,11 @@ class SnapshotFiles(mfusepy.Operations):  # type: ignore[misc]
         times = {"st_mtime": time_ns, "st_ctime": time_ns, "st_atime": time_ns}
         if isinstance(found, Folder):
             folders = sum(isinstance(entry, Folder) for entry in found.entries.values())
-            return {"st_mode": stat.S_IFDIR | 0o500, "st_nlink": 2 + folders, **times, **self._owner}
+            return {"st_mode": stat.S_IFDIR | self._folder_mode, "st_nlink": 2 + folders, **times, **self._owner}
         size = found.size_bytes
         # One block less than the size needs: programs look for holes only in files that seem to have some.
         blocks = max(min(1, size), size // _BLOCK_BYTES - 1)
-        mode = {"st_mode": stat.S_IFREG | 0o400, "st_nlink": 1, "st_size": size, "st_blocks": blocks}
+        mode = {"st_mode": stat.S_IFREG | self._file_mode, "st_nlink": 1, "st_size": size, "st_blocks": blocks}
         return {**mode, **times, **self._owner}
 
     def readdir(self, path: str, fh: int) -> list[str]:
@@ -106,13 +116,13 @@ class _Fuse(mfusepy.FUSE):  # type: ignore[misc]
         return found
 
 
-def serve(operations: SnapshotFiles, folder: str, *, allow_other: bool) -> None:
+def serve(operations: SnapshotFiles, folder: str) -> None:
     """Until it is unmounted, or SIGINT, SIGTERM or SIGHUP comes, which unmounts it.
 
     :raise TargetUnsuitable: when it cannot be mounted there; libfuse has said why on stderr.
     """
     options: dict[str, Any] = {"ro": True, "fsname": "casbackup", "subtype": "casbackup", "kernel_cache": True}
-    if allow_other:
+    if operations.for_all:
         options["allow_other"] = True
     if (mfusepy.fuse_version_major, mfusepy.fuse_version_minor) >= (3, 12):
         # Some releases take their own defaults for mistakes, and say so.

@@ -109,14 +109,18 @@ def uri(address: NbdAddress, export: str, flags: NbdFlags) -> str:
     return str(replace(address, export=export, tls=ClientTls() if flags.tls_certificates else None))
 
 
-def qemu_blockdev(address: NbdAddress, export: str, flags: NbdFlags, *, read_only: bool) -> str:
-    """The option of QEMU that opens an export as a block node of its name. A comma within a value is doubled."""
+def qemu_blockdev(address: NbdAddress, export: str, flags: NbdFlags, *, read_only: bool, lasting: bool) -> str:
+    """The option of QEMU that opens an export as a block node of its name. A comma within a value is doubled.
+
+    ``lasting``: another server may take the place of this one, with all that was written. QEMU then waits for it.
+    """
     if address.socket_path is not None:
         server = ["server.type=unix", f"server.path={_doubled(address.socket_path)}"]
     else:
         server = ["server.type=inet", f"server.host={_doubled(address.host)}", f"server.port={address.port}"]
     node = "".join(c if c.isalnum() or c in "-._" else "-" for c in export)
-    parts = ["driver=nbd", f"node-name={node}", *server, f"export={_doubled(export)}", "reconnect-delay=30"]
+    parts = ["driver=nbd", f"node-name={node}", *server, f"export={_doubled(export)}"]
+    parts += ["reconnect-delay=30"] if lasting else []
     parts += ["read-only=on"] if read_only else []
     parts += ["tls-creds=tls0"] if flags.tls_certificates else []
     return f"-blockdev {','.join(parts)}"

@@ -103,6 +103,34 @@ def test_nothing_can_be_changed(with_config: bytes, folder: Path, mount: Mount) 
             change()
 
 
+@pytest.mark.root
+def test_other_users(with_config: bytes, folder: Path, mount: Mount) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    mount("vm/100@latest", "--allow-other")
+    assert [path.stat().st_mode & 0o777 for path in (folder, folder / "scsi0.raw")] == [0o555, 0o444]
+
+
+def test_a_mount_that_was_killed(cb: Casbackup, with_config: bytes, folder: Path, mount: Mount) -> None:
+    process = mount("vm/100@latest")
+    process.kill()
+    process.wait()
+    assert f"umount {folder}" in cb.fails(6, "mount", "vm/100", folder)["message"]
+    subprocess.run(["umount", folder], check=True)
+    assert os.listdir(folder) == []
+
+
+def test_a_file_that_is_open_keeps_it_mounted(with_config: bytes, folder: Path, mount: Mount) -> None:
+    process = mount("vm/100@latest")
+    with open(folder / "scsi0.raw", "rb") as file:
+        assert b"busy" in subprocess.run(["umount", folder], capture_output=True).stderr
+        assert file.read(MiB) == with_config[:MiB]
+        assert ended(process)[0] == 0
+        assert not os.path.ismount(folder)
+        with pytest.raises(OSError):
+            os.pread(file.fileno(), 4096, 20 * MiB)
+
+
 def test_a_vm(history: Casbackup, folder: Path, mount: Mount) -> None:
     process = mount("vm/100")
     assert sorted(os.listdir(folder)) == [f"2026-11-0{day}T20:00:00.000Z" for day in range(1, 6)]

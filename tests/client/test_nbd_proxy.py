@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -205,12 +206,14 @@ def test_a_backup_that_is_killed_costs_the_vm_nothing(cb: Casbackup, machine: Ma
 
 
 @pytest.mark.qemu
-def test_a_proxy_that_is_killed_and_started_again_costs_the_vm_nothing(cb: Casbackup, machine: Machine) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_proxy_that_is_started_again_costs_the_vm_nothing(
+    cb: Casbackup, machine: Machine, number: signal.Signals
+) -> None:
     """QEMU connects anew to the same socket, and what the guest was told is written, is."""
     backup = machine.held_backup()
     machine.guest.wait_written(256)
-    machine.proxy.kill()
-    machine.proxy.communicate()
+    ended(machine.proxy, number)
     _out, err = backup.communicate(timeout=60)
     assert backup.returncode != 0 and b"casbackup: " in err
     machine.start_proxy()

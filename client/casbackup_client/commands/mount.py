@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -67,8 +68,8 @@ def mount(app: App, places: tuple[str, ...], allow_other: bool, cache: str | Non
         tree = _tree(app, peer, references[0] if references else None, stack)
         pool = stack.enter_context(ReadPool(peer, cache_bytes))
         files = stack.enter_context(OpenFiles(pool, app.output.complain))
-        operations = fusefs.SnapshotFiles(tree, files, SystemClock(), app.output.complain)
-        fusefs.serve(operations, folder, allow_other=allow_other)
+        operations = fusefs.SnapshotFiles(tree, files, SystemClock(), app.output.complain, for_all=allow_other)
+        fusefs.serve(operations, folder)
 
 
 def _require_mountable(folder: str) -> None:
@@ -79,7 +80,8 @@ def _require_mountable(folder: str) -> None:
         if os.listdir(folder):
             raise TargetUnsuitable(f"{folder} is not empty")
     except OSError as error:
-        raise TargetUnsuitable(f"{folder}: {error.strerror}") from error
+        advice = f"; an earlier mount there was killed: umount {folder}" if error.errno == errno.ENOTCONN else ""
+        raise TargetUnsuitable(f"{folder}: {error.strerror}{advice}") from error
 
 
 def _tree(app: App, peer: Peer, reference: str | None, stack: contextlib.ExitStack) -> Callable[[], Folder]:

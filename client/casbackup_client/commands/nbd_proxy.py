@@ -167,7 +167,7 @@ def _document(address: NbdAddress, flags: NbdFlags, disks: Mapping[str, BlockDev
                 "writable": True,
                 "uri": uri(address, name, flags),
                 "snapshot_uri": uri(address, name + SNAPSHOT_SUFFIX, flags),
-                "qemu": qemu_blockdev(address, name, flags, read_only=False),
+                "qemu": qemu_blockdev(address, name, flags, read_only=False, lasting=True),
             }
             for name, disk in disks.items()
         ]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from casbackup.peer.api import Peer
     from casbackup.peer.served import ServedSnapshot
     from casbackup.repository.catalog import Snapshot
-    from casbackup_client.documents import NbdServeDocument
+    from casbackup_client.documents import NbdExportDocument, NbdServeDocument
     from casbackup_client.views import View
 
 
@@ -157,16 +157,19 @@ def _document(
     return {
         "snapshot": snapshot.reference,
         "id": snapshot.id,
-        "exports": [
-            {
-                "disk": name,
-                "size_bytes": device.size_bytes,
-                "writable": device.capabilities.writable,
-                "uri": uri(address, name, flags),
-                "qemu": qemu_blockdev(address, name, flags, read_only=not device.capabilities.writable),
-            }
-            for name, device in devices.items()
-        ],
+        "exports": [_export(address, name, flags, device) for name, device in devices.items()],
+    }
+
+
+def _export(address: NbdAddress, name: DiskName, flags: NbdFlags, device: BlockDevice) -> NbdExportDocument:
+    """What was written to a writable one ends with this server, so a VM must not go on with the next."""
+    writable = device.capabilities.writable
+    return {
+        "disk": name,
+        "size_bytes": device.size_bytes,
+        "writable": writable,
+        "uri": uri(address, name, flags),
+        "qemu": qemu_blockdev(address, name, flags, read_only=not writable, lasting=not writable),
     }
 
 
