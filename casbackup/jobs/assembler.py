@@ -4,6 +4,8 @@ A producer gives every byte of every disk once, as data or as zeros, in whatever
 running VM, copy-before-write, a mirror over NBD. Data is gathered in pages of 64 KiB. A segment of 4 MiB goes to the
 sink when it is complete, so that it is cut into chunks as a backup of the image would cut it. When all pages are
 taken, the segment that was touched longest ago is handed on in parts: correct, but its chunks end where the parts do.
+A segment whose first bytes come first is likely to come in order: while there is a whole buffer free its data goes
+there, and is not copied again.
 
 Pages hold what has arrived and nothing else, so early clusters scattered over a large disk take no more than their
 own size, and zeros take nothing. Of a segment that was handed on in parts, what the sink wants to remember is kept,
@@ -21,6 +23,7 @@ from struct import Struct
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
+from casbackup.buffers import ByteBuffer, aligned_buffer
 from casbackup.fs import Buffer
 from casbackup.limits import ASSEMBLER_BYTES, BLOCK_BYTES, SEGMENT_BYTES
 from casbackup.units import KiB
@@ -52,10 +55,10 @@ class SegmentSink(Protocol):
     end of the last block.
     """
 
-    def segment(self, disk: int, number: int, buffer: bytearray, view: memoryview, length: int) -> None:
+    def segment(self, disk: int, number: int, buffer: ByteBuffer, view: memoryview, length: int) -> None:
         """A complete segment, with some data in it."""
 
-    def part(self, disk: int, number: int, start: int, buffer: bytearray, view: memoryview, length: int) -> bytes:
+    def part(self, disk: int, number: int, start: int, buffer: ByteBuffer, view: memoryview, length: int) -> bytes:
         """``length`` bytes of a segment from ``start``, because memory is short. Returns what to remember."""
 
     def join(self, disk: int, number: int, length: int, parts: Sequence[Part]) -> None:
@@ -68,16 +71,32 @@ class SegmentSink(Protocol):
         """Whole segments that are zero. Called by the producer."""
 
 
-class _Segment:
-    """One that is incomplete: where its data lies, and what was handed on. ``runs``: [start, end) of data in pages."""
+class _Whole(NamedTuple):
+    """A buffer for all of a segment."""
 
-    __slots__ = ("arrived", "pages", "parts", "pending", "runs")
+    buffer: ByteBuffer
+    view: memoryview
+
+    @classmethod
+    def new(cls) -> _Whole:
+        buffer = aligned_buffer(SEGMENT_BYTES)
+        return cls(buffer, memoryview(buffer))
+
+
+class _Segment:
+    """One that is incomplete: where its data lies, and what was handed on.
+
+    ``runs``: [start, end) of data in pages, or in ``whole``.
+    """
+
+    __slots__ = ("arrived", "pages", "parts", "pending", "runs", "whole")
 
     def __init__(self, arrived: int = 0, parts: list[Part] | None = None) -> None:
         self.arrived = arrived
         self.parts = parts or []
         self.pages: dict[int, int] = {}
         self.runs: list[list[int]] = []
+        self.whole: _Whole | None = None
         self.pending = 0
 
     def add_run(self, start: int, end: int) -> None:
@@ -95,11 +114,12 @@ class _Segment:
 
 
 class _Job(NamedTuple):
-    """Pages to hand on. ``segment`` None: they are all of it."""
+    """Data to hand on. ``segment`` None: it is all of it."""
 
     disk: int
     number: int
     pages: dict[int, int]
+    whole: _Whole | None
     runs: list[list[int]]
     segment: _Segment | None
 
@@ -119,11 +139,13 @@ class Assembler:
         budget_bytes: int = ASSEMBLER_BYTES,
         workers: int | None = None,
     ) -> None:
-        """``sizes``: of the disks, in bytes. ``budget_bytes``: for pages and the workers' buffers together."""
+        """``sizes``: of the disks, in bytes. ``budget_bytes``: for pages and all other buffers together."""
         self._sizes = list(sizes)
         self._sink = sink
         self._workers = worker_count() if workers is None else workers
-        pages = max(1, (budget_bytes - self._workers * SEGMENT_BYTES) // PAGE_BYTES)
+        spare_bytes = budget_bytes - self._workers * SEGMENT_BYTES
+        self._wholes = [_Whole.new() for _ in range(_whole_count(spare_bytes, self._workers))]
+        pages = max(1, (spare_bytes - len(self._wholes) * SEGMENT_BYTES) // PAGE_BYTES)
         memory = memoryview(mmap.mmap(-1, pages * PAGE_BYTES))
         self._pages = [memory[n * PAGE_BYTES : (n + 1) * PAGE_BYTES] for n in range(pages)]
         self._free = list(range(pages - 1, -1, -1))
@@ -136,7 +158,7 @@ class Assembler:
         self._ending = False
         self._condition = threading.Condition()
         self._crew = Crew(self._work, self._workers)
-        self._inline: tuple[bytearray, memoryview] | None = None
+        self._inline: _Whole | None = None
 
     def put(self, disk: int, offset: int, data: Buffer) -> None:
         """``data`` stands at ``offset``; it is copied. Waits while there is no room.
@@ -151,11 +173,9 @@ class Assembler:
                     self._condition.wait(_POLL_S)
                     continue
                 number, start = divmod(offset, SEGMENT_BYTES)
-                page, first = divmod(start, PAGE_BYTES)
-                length = min(PAGE_BYTES - first, len(view))
-                if self._store(disk, number, page, first, view[:length]):
-                    offset += length
-                    view = view[length:]
+                stored = self._store(disk, number, start, view)
+                offset += stored
+                view = view[stored:]
 
     def zeros(self, disk: int, offset: int, length: int) -> None:
         """``length`` bytes from ``offset`` are zero. Costs the same for a page and for a terabyte."""
@@ -210,23 +230,38 @@ class Assembler:
 
     # --- the producer's side; the condition is held
 
-    def _store(self, disk: int, number: int, page: int, first: int, data: memoryview) -> bool:
-        """Copy data of one page; False when room had to be made, and all may have changed meanwhile."""
+    def _store(self, disk: int, number: int, start: int, data: memoryview) -> int:
+        """Copy what belongs into one page, or one segment; returns how much.
+
+        0 when room had to be made, and all may have changed meanwhile.
+        """
         key = disk, number
         segment = self._segment(key)
+        if start == 0 and not segment.arrived and self._wholes:
+            segment.whole = self._wholes.pop()
+        if segment.whole is not None:
+            length = min(SEGMENT_BYTES - start, len(data))
+            segment.whole.view[start : start + length] = data[:length]
+        else:
+            length = self._store_in_page(segment, start, data)
+        if length:
+            segment.add_run(start, start + length)
+            segment.arrived += length
+            if segment.arrived == self._length(disk, number):
+                self._complete(key, segment)
+        return length
+
+    def _store_in_page(self, segment: _Segment, start: int, data: memoryview) -> int:
+        page, first = divmod(start, PAGE_BYTES)
         place = segment.pages.get(page)
         if place is None:
             if not self._free:
                 self._make_room()
-                return False
+                return 0
             place = segment.pages[page] = self._free.pop()
-        self._pages[place][first : first + len(data)] = data
-        start = page * PAGE_BYTES + first
-        segment.add_run(start, start + len(data))
-        segment.arrived += len(data)
-        if segment.arrived == self._length(disk, number):
-            self._complete(key, segment)
-        return True
+        length = min(PAGE_BYTES - first, len(data))
+        self._pages[place][first : first + length] = data[:length]
+        return length
 
     def _segment(self, key: tuple[int, int]) -> _Segment:
         segment = self._open.get(key)
@@ -255,16 +290,16 @@ class Assembler:
             self._hand_on_part(key, segment)
         elif segment.runs:
             self._open.pop(key, None)
-            self._enqueue(_Job(disk, number, segment.pages, segment.runs, None))
+            self._enqueue(_Job(disk, number, segment.pages, segment.whole, segment.runs, None))
         else:
             self._open.pop(key, None)
             self._sink.zeros(disk, number * SEGMENT_BYTES, self._length(disk, number))
 
     def _hand_on_part(self, key: tuple[int, int], segment: _Segment) -> None:
-        """Hand on what is in pages. The segment stays open until the sink has it."""
+        """Hand on what is in memory. The segment stays open until the sink has it."""
         self._open[key] = segment
-        job = _Job(*key, segment.pages, segment.runs, segment)
-        segment.pages, segment.runs = {}, []
+        job = _Job(*key, segment.pages, segment.whole, segment.runs, segment)
+        segment.pages, segment.whole, segment.runs = {}, None, []
         segment.pending += 1
         self._enqueue(job)
 
@@ -281,7 +316,7 @@ class Assembler:
 
     def _hand_on_all(self) -> None:
         for key, segment in list(self._open.items()):
-            if segment.pages:
+            if segment.runs:
                 self._hand_on_part(key, segment)
 
     def _incomplete(self) -> bool:
@@ -290,10 +325,8 @@ class Assembler:
     def _enqueue(self, job: _Job) -> None:
         self._under_way += 1
         if not self._workers:
-            if self._inline is None:
-                buffer = bytearray(SEGMENT_BYTES)
-                self._inline = buffer, memoryview(buffer)
-            self._do(job, *self._inline)
+            self._inline = self._inline or _Whole.new()
+            self._do(job, self._inline)
             return
         self._jobs.append(job)
         self._condition.notify_all()
@@ -308,10 +341,9 @@ class Assembler:
     # --- the workers' side
 
     def _work(self, stop: threading.Event) -> None:
-        buffer = bytearray(SEGMENT_BYTES)
-        view = memoryview(buffer)
+        own = _Whole.new()
         while (job := self._next_job(stop)) is not None:
-            self._do(job, buffer, view)
+            self._do(job, own)
 
     def _next_job(self, stop: threading.Event) -> _Job | None:
         with self._condition:
@@ -323,43 +355,55 @@ class Assembler:
                 self._condition.wait(_POLL_S)
         return None
 
-    def _do(self, job: _Job, buffer: bytearray, view: memoryview) -> None:
-        if job.segment is None:
-            length = self._length(job.disk, job.number)
-            self._gather_all(job, view, length)
-            self._release(job)
-            self._sink.segment(job.disk, job.number, buffer, view, length)
-        else:
-            parts = [self._hand_on(job, start, end, buffer, view) for start, end in job.runs]
+    def _do(self, job: _Job, own: _Whole) -> None:
+        if job.segment is not None:
+            parts = [self._hand_on(job, start, end, own) for start, end in job.runs]
             self._release(job)
             self._settle(job.disk, job.number, job.segment, parts)
+        elif job.whole is not None:
+            self._hand_on_whole(job, job.whole)
+            self._release(job)
+        else:
+            self._gather_all(job, own.view)
+            self._release(job)
+            self._hand_on_whole(job, own)
 
-    def _gather_all(self, job: _Job, view: memoryview, length: int) -> None:
+    def _hand_on_whole(self, job: _Job, whole: _Whole) -> None:
+        length = self._length(job.disk, job.number)
         position = 0
         for start, end in job.runs:
-            _clear(view, position, start)
-            self._gather(job.pages, start, end, view[start:end])
+            _clear(whole.view, position, start)
             position = end
-        _clear(view, position, _padded(length))
+        _clear(whole.view, position, _padded(length))
+        self._sink.segment(job.disk, job.number, whole.buffer, whole.view, length)
 
-    def _hand_on(self, job: _Job, start: int, end: int, buffer: bytearray, view: memoryview) -> Part:
+    def _gather_all(self, job: _Job, view: memoryview) -> None:
+        for start, end in job.runs:
+            self._gather(job, start, end, view[start:end])
+
+    def _hand_on(self, job: _Job, start: int, end: int, own: _Whole) -> Part:
         length = end - start
-        self._gather(job.pages, start, end, view[:length])
-        _clear(view, length, _padded(length))
-        return Part(start, length, self._sink.part(job.disk, job.number, start, buffer, view, length))
+        self._gather(job, start, end, own.view[:length])
+        _clear(own.view, length, _padded(length))
+        return Part(start, length, self._sink.part(job.disk, job.number, start, own.buffer, own.view, length))
 
-    def _gather(self, pages: dict[int, int], start: int, end: int, target: memoryview) -> None:
+    def _gather(self, job: _Job, start: int, end: int, target: memoryview) -> None:
+        if job.whole is not None:
+            target[:] = job.whole.view[start:end]
+            return
         position = start
         while position < end:
             page, first = divmod(position, PAGE_BYTES)
             stop = min(end, (page + 1) * PAGE_BYTES)
-            target[position - start : stop - start] = self._pages[pages[page]][first : first + stop - position]
+            target[position - start : stop - start] = self._pages[job.pages[page]][first : first + stop - position]
             position = stop
 
     def _release(self, job: _Job) -> None:
         with self._condition:
             self._under_way -= 1
             self._free += job.pages.values()
+            if job.whole is not None:
+                self._wholes.append(job.whole)
             self._condition.notify_all()
 
     def _settle(self, disk: int, number: int, segment: _Segment, parts: list[Part]) -> None:
@@ -369,13 +413,18 @@ class Assembler:
         with self._condition:
             segment.parts += parts
             segment.pending -= 1
-            if segment.pending or segment.pages:
+            if segment.pending or segment.runs:
                 return
             del self._open[key]
             if segment.arrived < length:
                 self._packed[key] = segment.packed()
                 return
         self._sink.join(disk, number, length, sorted(segment.parts))
+
+
+def _whole_count(spare_bytes: int, workers: int) -> int:
+    """So many that workers, queue and a few disks have one each, in at most half of the memory."""
+    return min(4 * workers + 2, spare_bytes // SEGMENT_BYTES // 2)
 
 
 def _unpacked(packed: bytes) -> _Segment:

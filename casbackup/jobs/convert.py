@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from casbackup.block.device import BlockDevice
 from casbackup.block.sparse import temporary_device
+from casbackup.buffers import ByteBuffer
 from casbackup.formats.coverage import ArchiveCoverage
 from casbackup.formats.mappedstream import rounded
 from casbackup.formats.port import (
@@ -159,10 +160,10 @@ class _Sink:
         self._output = output
         self._spool = spool
 
-    def segment(self, disk: int, number: int, buffer: bytearray, view: memoryview, length: int) -> None:
+    def segment(self, disk: int, number: int, buffer: ByteBuffer, view: memoryview, length: int) -> None:
         self._output.write(disk, number * SEGMENT_BYTES, view[:length])
 
-    def part(self, disk: int, number: int, start: int, buffer: bytearray, view: memoryview, length: int) -> bytes:
+    def part(self, disk: int, number: int, start: int, buffer: ByteBuffer, view: memoryview, length: int) -> bytes:
         self._spool.device(disk).write(number * SEGMENT_BYTES + start, view[:length])
         return b""
 

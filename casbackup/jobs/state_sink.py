@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from casbackup.buffers import ByteBuffer
 from casbackup.ids import BlobId
 from casbackup.jobs.increment_sink import IncrementSink
 from casbackup.jobs.segment_store import SegmentStore
@@ -26,7 +27,7 @@ class StateSink(IncrementSink):
         super().__init__(store, leaves, bases)
         self._state = len(leaves) - 1
 
-    def segment(self, disk: int, number: int, buffer: bytearray, view: memoryview, length: int) -> None:
+    def segment(self, disk: int, number: int, buffer: ByteBuffer, view: memoryview, length: int) -> None:
         pages = page_offsets(buffer, length) if disk == self._state else []
         if not pages:
             super().segment(disk, number, buffer, view, length)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from struct import Struct
 from typing import Protocol
 
+from casbackup.buffers import ByteBuffer
 from casbackup.errors import ArchiveUnsupported
 from casbackup.ids import BlobId
 from casbackup.jobs.assembler import Part
@@ -32,11 +33,11 @@ class TreeSink:
         self._store = store
         self._leaves = leaves
 
-    def segment(self, disk: int, number: int, buffer: bytearray, view: memoryview, length: int) -> None:
+    def segment(self, disk: int, number: int, buffer: ByteBuffer, view: memoryview, length: int) -> None:
         leaf = self._store.segment(buffer, view, Filled(number, length, 0))
         self._leaves[disk].set_leaf(number, leaf)
 
-    def part(self, disk: int, number: int, start: int, buffer: bytearray, view: memoryview, length: int) -> bytes:
+    def part(self, disk: int, number: int, start: int, buffer: ByteBuffer, view: memoryview, length: int) -> bytes:
         extents = self._store.part(buffer, view, Filled(number, length, 0))
         return b"".join([_EXTENT.pack(*extent) for extent in extents])
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from casbackup.buffers import ByteBuffer
 from casbackup.errors import TargetUnwritable
 from casbackup.jobs.assembler import PAGE_BYTES, Assembler, Part
 from casbackup.limits import BLOCK_BYTES, SEGMENT_BYTES
@@ -29,14 +30,14 @@ class Disks:
         self.zero_calls = 0
         self._lock = threading.Lock()
 
-    def segment(self, disk: int, number: int, buffer: bytearray, view: memoryview, length: int) -> None:
+    def segment(self, disk: int, number: int, buffer: ByteBuffer, view: memoryview, length: int) -> None:
         assert length == min(SEGMENT_BYTES, len(self.disks[disk]) - number * SEGMENT_BYTES)
         self._put(disk, number * SEGMENT_BYTES, buffer, view, length)
         with self._lock:
             assert (disk, number) not in self.whole
             self.whole.append((disk, number))
 
-    def part(self, disk: int, number: int, start: int, buffer: bytearray, view: memoryview, length: int) -> bytes:
+    def part(self, disk: int, number: int, start: int, buffer: ByteBuffer, view: memoryview, length: int) -> bytes:
         self._put(disk, number * SEGMENT_BYTES + start, buffer, view, length)
         with self._lock:
             self.partial.setdefault((disk, number), []).append((start, length))
@@ -65,7 +66,7 @@ class Disks:
         assert self.disks[disk][offset : offset + length] == b"\xaa" * length, "something came twice"
         self.disks[disk][offset : offset + length] = bytes(length)
 
-    def _put(self, disk: int, offset: int, buffer: bytearray, view: memoryview, length: int) -> None:
+    def _put(self, disk: int, offset: int, buffer: ByteBuffer, view: memoryview, length: int) -> None:
         assert len(buffer) == len(view) == SEGMENT_BYTES
         padded = -(-length // BLOCK_BYTES) * BLOCK_BYTES
         assert not any(buffer[length:padded])
@@ -185,7 +186,7 @@ def test_ascending_input_stays_ascending_without_workers() -> None:
     order: list[int] = []
 
     class Ordered(Disks):
-        def segment(self, disk: int, number: int, buffer: bytearray, view: memoryview, length: int) -> None:
+        def segment(self, disk: int, number: int, buffer: ByteBuffer, view: memoryview, length: int) -> None:
             order.append(number)
             super().segment(disk, number, buffer, view, length)
 
@@ -207,10 +208,10 @@ def test_ascending_input_stays_ascending_without_workers() -> None:
 @pytest.mark.parametrize("pages", [1, 1000])
 def test_an_error_of_the_sink_reaches_the_producer(pages: int) -> None:
     class Full(Disks):
-        def segment(self, disk: int, number: int, buffer: bytearray, view: memoryview, length: int) -> None:
+        def segment(self, disk: int, number: int, buffer: ByteBuffer, view: memoryview, length: int) -> None:
             raise TargetUnwritable("no space")
 
-        def part(self, disk: int, number: int, start: int, buffer: bytearray, view: memoryview, length: int) -> bytes:
+        def part(self, disk: int, number: int, start: int, buffer: ByteBuffer, view: memoryview, length: int) -> bytes:
             raise TargetUnwritable("no space")
 
     size = 64 * MiB
