@@ -141,6 +141,9 @@ MAX_NBD_STATUS_EXTENTS = 4096
 SINK_MEMORY_BYTES = 64 * MiB
 """Data of a live backup that is acknowledged and not yet consumed."""
 
+SINK_SPOOL_BYTES = 1 * GiB
+"""The file for what that memory has no room for, if there is to be one and nothing else is asked for."""
+
 SERVED_CACHE_BYTES = 128 * MiB
 """Chunks in memory while disks of snapshots are served, unless asked otherwise."""
 

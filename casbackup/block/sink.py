@@ -135,6 +135,4 @@ class SinkDevice(Closing):
 
     def _break_for_slowness(self) -> None:
         """There was no room in time; if the backup is broken for another reason, that one stays."""
-        self._spool.fail(
-            BackupBroken(f"{self._disk}: no data was taken for {self._max_guest_stall_s:g} s; the guest goes first")
-        )
+        self._spool.fail(BackupBroken(f"no data was taken for {self._max_guest_stall_s:g} s; the guest goes first"))

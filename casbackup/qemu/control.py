@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 
@@ -23,10 +24,18 @@ class LiveStatus:
     """In the spool file, until the target takes them."""
 
 
+def _nobody() -> None:
+    """Nobody wants to know."""
+
+
 class LiveControl:
     """Shared between a live backup and whoever controls it; any thread."""
 
-    def __init__(self, *, speed_limit_bytes_s: int = 0) -> None:
+    def __init__(self, *, speed_limit_bytes_s: int = 0, give_up: Callable[[], None] = _nobody) -> None:
+        """``give_up`` is called, in any thread, when the backup cannot succeed any more: from then on there is no
+        reason to wait for a target that does not answer.
+        """
+        self.give_up = give_up
         self._lock = threading.Lock()
         self._status = LiveStatus(speed_limit_bytes_s=speed_limit_bytes_s)
         self._cancelled: str | None = None

@@ -152,6 +152,10 @@ class _Conductor:
         complete = False
         try:
             complete = self._sink.receive_into(self._counting)
+        except CasbackupError as error:
+            if isinstance(self._failure, BackupBroken):  # for the guest's sake, before the target said why
+                raise BackupBroken(f"{self._failure.message} ({error.message})") from error
+            raise
         finally:
             if not complete:
                 self._abort = "the backup failed" if self._sink.failure is None else str(self._sink.failure)
@@ -169,6 +173,7 @@ class _Conductor:
         except BaseException as error:  # noqa: BLE001  handed to the other thread
             self._failure = error
             self._sink.drop(str(error))  # first: from now on the guest does not wait for anything
+            self._control.give_up()
             self._clean_up()
 
     def _conduct(self) -> None:

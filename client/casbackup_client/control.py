@@ -108,6 +108,7 @@ class ControlServer:
             "rate_bytes_s": status.taken_bytes_s,
             "speed_limit_bytes_s": status.speed_limit_bytes_s,
             "waiting_bytes": status.waiting_bytes,
+            "spooled_bytes": status.spooled_bytes,
         }
 
 

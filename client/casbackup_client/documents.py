@@ -774,6 +774,8 @@ class JobDocument(TypedDict):
     """As asked for; 0: none."""
     waiting_bytes: int
     """In memory, on the way to the repository."""
+    spooled_bytes: int
+    """In the file of ``--spool``, on the way to the repository."""
 
 
 class ServerJobDocument(TypedDict):

@@ -34,6 +34,8 @@ class LiveFlags(NamedTuple):
     agent: str | None
     max_guest_stall: str | None
     memory: str | None
+    spool: str | None
+    spool_limit: str | None
     speed: str | None
     full: bool
     no_bitmap: bool
@@ -96,6 +98,17 @@ _OPTIONS = (
         metavar="SIZE",
         help="With --qmp: for data that the guest need not wait for any more; default: 64MiB.",
     ),
+    click.option(
+        "--spool",
+        metavar="FOLDER",
+        type=click.Path(),
+        help="With --qmp: for a temporary file with what --memory has no room for; default: none.",
+    ),
+    click.option(
+        "--spool-limit",
+        metavar="SIZE",
+        help="With --spool: so large the file may become; default: 1GiB.",
+    ),
     click.option("--speed", metavar="SIZE", help="With --qmp: copy at most so much a second in the background."),
     click.option("--full", is_flag=True, help="With --qmp: read everything, whatever dirty bitmaps say."),
     click.option("--no-bitmap", is_flag=True, help="With --qmp: leave no dirty bitmap for the next backup."),
@@ -117,11 +130,12 @@ def live_backup(app: App, flags: LiveFlags, **request: Any) -> LiveReport:
     from casbackup.qemu.source import Mode
     from casbackup.units import parse_percentage, parse_size
     from casbackup_client.control import ControlServer
+    from casbackup_client.signals import leave_soon
 
     assert flags.qmp is not None
     share = parse_percentage(flags.verify_unchanged) / 100 if flags.verify_unchanged else 0.0
     wanted = job.LiveRequest(**request, full=flags.full, track=not flags.no_bitmap, verify_share=share)
-    control = LiveControl(speed_limit_bytes_s=parse_size(flags.speed) if flags.speed else 0)
+    control = LiveControl(speed_limit_bytes_s=parse_size(flags.speed) if flags.speed else 0, give_up=leave_soon)
     with app.peer() as peer, QmpClient.connect(flags.qmp) as qmp:
         machine = Machine(qmp, Selection(flags.only, flags.exclude), _options(flags, qmp), Mode(flags.mode or "auto"))
         for warning in machine.warnings():
@@ -160,7 +174,23 @@ def _options(flags: LiveFlags, qmp: QmpClient) -> LiveOptions:
         agent_path=flags.agent or find_agent(qmp),
         max_guest_stall_s=stall_s,
         memory_bytes=memory_bytes,
+        spool_bytes=_spool_bytes(flags),
+        spool_folder=flags.spool,
     )
+
+
+def _spool_bytes(flags: LiveFlags) -> int:
+    from casbackup.limits import SINK_SPOOL_BYTES
+    from casbackup.units import MiB, parse_size
+
+    if flags.spool is None:
+        if flags.spool_limit is not None:
+            raise UsageError("--spool-limit was given, but not --spool, the folder for the file")
+        return 0
+    spool_bytes = parse_size(flags.spool_limit) if flags.spool_limit else SINK_SPOOL_BYTES
+    if spool_bytes < 1 * MiB:
+        raise UsageError("--spool-limit must be at least 1MiB")
+    return spool_bytes
 
 
 @contextlib.contextmanager

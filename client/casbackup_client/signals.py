@@ -52,10 +52,15 @@ def told_of_signals(action: Callable[[], None]) -> Iterator[None]:
         _told.remove(action)
 
 
+def leave_soon() -> None:
+    """Have done what is done when a signal comes, in any thread, without one."""
+    for action in list(_told):
+        action()
+
+
 def _interrupt(number: int, _frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
-    for action in _told:
-        action()
+    leave_soon()
     raise Interrupted(f"stopped by {signal.Signals(number).name}")
 
 

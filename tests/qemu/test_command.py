@@ -158,6 +158,9 @@ def test_a_guest_that_writes_is_restored_to_one_instant(guest: BootGuest, casbac
         (["--qmp", "QMP", "--freeze", "require"], "guest-agent-unavailable"),
         (["--qmp", "QMP", "--mode", "pull"], "live-unsupported"),
         (["--qmp", "QMP", "--memory", "1MiB"], "usage"),
+        (["--qmp", "QMP", "--spool", "/nonexistent"], "target-unwritable"),
+        (["--qmp", "QMP", "--spool", "/tmp", "--spool-limit", "1KiB"], "usage"),
+        (["--qmp", "QMP", "--spool-limit", "1GiB"], "usage"),
         (["--qmp", "QMP", "--max-guest-stall", "0s"], "usage"),
     ],
 )
