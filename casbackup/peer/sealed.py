@@ -16,7 +16,7 @@ from casbackup.peer.seen import FORGETFUL, Seen, SeenSnapshots
 from casbackup.peer.usage import UsageReport
 from casbackup.repository.catalog import Snapshot
 from casbackup.spec.config import RepositoryConfig
-from casbackup.spec.manifest import Manifest, Sidecar, encode_manifest
+from casbackup.spec.manifest import Manifest, Sidecar, decode_manifest, encode_manifest
 from casbackup.spec.record import Record
 from casbackup.store.blobstore import Fetched
 from casbackup.store.writer import StoredBytes
@@ -132,12 +132,9 @@ class SealedPeer:
         manifest = self._seal.open(stored.manifest, f"the manifest of {stored.reference}")
         return Snapshot(stored.id, manifest, self._opened_sidecar(stored))
 
-    def as_stored(self, manifest: Manifest, sidecar: Sidecar) -> tuple[bytes, Sidecar]:
-        """A snapshot that another repository has otherwise, sealed for ``PeerSession.adopt``."""
-        data, snapshot_id = encode_manifest(self._seal.seal(manifest))
-        if sidecar.notes is not None:
-            sidecar = replace(sidecar, notes=self._seal.seal_notes(snapshot_id, sidecar.notes))
-        return data, sidecar
+    def as_stored(self, manifest: Manifest) -> bytes:
+        """A manifest that another repository has otherwise, sealed for ``adopt``."""
+        return encode_manifest(self._seal.seal(manifest))[0]
 
     def commit(self, session: PeerSession, draft: Manifest) -> Snapshot:
         """Number, seal and commit a draft; anew when another client was quicker.
