@@ -386,7 +386,7 @@ class KeyMismatch(EncryptionError):
 
 
 class KeyFileDamaged(EncryptionError):
-    """A key file, or a recovery sheet, is not understood."""
+    """A key file is not understood: it was cut off, changed, or is something else."""
 
     code = "key-file-damaged"
     advice = "Use another copy of the key: a backup of the file, the recovery sheet, or the copy in the repository."
