@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from casbackup.repository.repository import Repository
 from casbackup.spec.keyfile import KeyFile, encode_key_file
 from casbackup_server.rights import Right
 
-from .conftest import Running, grant, serving, token_gate
+from .conftest import Result, Running, grant, serving, token_gate
 
 KEY = MasterKey(bytes(range(32)))
 COST = Argon2Cost(1, 64, 1)
@@ -97,3 +100,35 @@ def test_a_plain_repository_has_no_place_for_one(guarded: Running) -> None:
         assert peer.stored_key() is None
         with pytest.raises(KeyMismatch):
             peer.store_key(wrapped(), replace=False)
+
+
+def test_a_client_with_nothing_but_a_passphrase(
+    tmp_path: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The administrator of the server is told a fingerprint; the client makes the key, and stores a copy of it."""
+    disk, keys = tmp_path / "vm.raw", tmp_path / "keys"
+    disk.write_bytes(random.Random(1).randbytes(300_000))
+    monkeypatch.setenv("CASBACKUP_KEY_FOLDER", str(keys))
+    monkeypatch.setenv("CASBACKUP_PASSPHRASE", "secret")
+
+    def ok(*arguments: object) -> str:
+        result = run(*arguments)
+        assert (result.status, result.err) == (0, ""), (arguments, result.err)
+        return result.out
+
+    fingerprint = json.loads(ok("key", "create", "--json"))["key"]["fingerprint"]
+    folder = tmp_path / "repository"
+    ok("-r", folder, "init", "--encrypted", "--key", fingerprint)
+    with serving(folder, token_gate) as server:
+        monkeypatch.setenv("CASBACKUP_TOKEN", grant(folder, Right.BACKUP, Right.RESTORE))
+        ok("-r", server.url, "key", "store")
+        ok("-r", server.url, "backup", "vm/100", f"scsi0={disk}", "-q")
+        shutil.rmtree(keys)
+        ok("-r", server.url, "restore", "vm/100", "--to", tmp_path / "out", "-q")
+        assert not keys.exists()
+        ok("-r", server.url, "key", "import", "--from-repository")
+        assert fingerprint in ok("key", "list")
+        shutil.rmtree(keys)
+        monkeypatch.setenv("CASBACKUP_TOKEN", grant(folder, Right.READ))
+        assert "vm/100" in ok("-r", server.url, "snapshots")
+    assert (tmp_path / "out" / "scsi0.raw").read_bytes() == disk.read_bytes()
