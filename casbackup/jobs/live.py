@@ -25,11 +25,10 @@ from casbackup.peer.api import Peer, PeerSession
 from casbackup.peer.disk import BlobCache
 from casbackup.progress import NoProgress, Progress
 from casbackup.qemu import bitmaps, cleanup
-from casbackup.qemu.bitmaps import BasedOn
+from casbackup.qemu.bitmaps import BasedOn, Tracking
 from casbackup.qemu.control import LiveControl
 from casbackup.qemu.disks import LiveDisk
 from casbackup.qemu.machine import Machine
-from casbackup.qemu.push import Tracking
 from casbackup.qemu.reading import readable
 from casbackup.qemu.source import DiskTask, Instant, LiveSource, Report
 from casbackup.repository.catalog import Snapshot
@@ -273,7 +272,8 @@ class _LiveBackup:
                 program=request.program,
                 stats=self._store.stats(round((self._clock.monotonic_s() - started_s) * 1000)),
                 live=LiveOrigin(
-                    mode=self._machine.mode,
+                    mode=instant.mode,
+                    mode_note=instant.mode_note,
                     qemu=self._machine.version,
                     frozen=instant.frozen,
                     note=instant.note,

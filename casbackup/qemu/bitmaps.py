@@ -48,6 +48,14 @@ def token_of(name: str, target: str) -> str | None:
     return token if head == f"{_PREFIX}-{target}" and _TOKEN.fullmatch(token) else None
 
 
+class Tracking:
+    """New dirty bitmaps for the next backup: added before the point in time, so they record a little too much."""
+
+    def __init__(self, target: str, token: str) -> None:
+        self.token = token
+        self.name = bitmap_name(target, token)
+
+
 class BasedOn(NamedTuple):
     """How a disk is going to be read. ``token``: of the bitmap to use; None: read it all, because of ``reason``.
 

@@ -6,22 +6,26 @@ All jobs and nodes of one backup begin with its name, so nothing need be remembe
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 from collections.abc import Iterable
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from casbackup.errors import CasbackupError, QmpCommandFailed, QmpTimeout
+from casbackup.qemu import graph
 from casbackup.qemu.qmp import QmpClient
 
 PREFIX = "casbackup-"
 _PATIENCE_S = 20.0
 """How long cancelled jobs may take before their targets are cut off."""
 _POLL_S = 0.05
+_PROBE_S = 1.0
 _DONE = ("concluded", "null")
 
 
 def remove_backup(qmp: QmpClient, name: str, *, bitmap_token: str | None = None) -> None:
-    """Cancel the jobs whose ids begin with ``name`` and remove its nodes; harmless if there is nothing.
+    """Cancel the jobs whose ids begin with ``name``, remove its exports and nodes; harmless if there is nothing.
 
     ``bitmap_token``: remove the bitmaps with that token, too.
 
@@ -29,6 +33,8 @@ def remove_backup(qmp: QmpClient, name: str, *, bitmap_token: str | None = None)
     """
     cancel_jobs(qmp, name)
     dismiss_jobs(qmp, name)
+    remove_exports(qmp, name)
+    graph.restore(qmp, name)
     remove_nodes(qmp, name)
     if bitmap_token is not None:
         remove_bitmaps(qmp, bitmap_token)
@@ -60,6 +66,12 @@ def dismiss_jobs(qmp: QmpClient, name: str) -> None:
             qmp.execute("job-dismiss", {"id": job["id"]})
 
 
+def remove_exports(qmp: QmpClient, name: str) -> None:
+    """Stop QEMU's NBD server if it has an export whose id begins with ``name``: then it was started for that."""
+    if any(str(export["id"]).startswith(name) for export in qmp.execute("query-block-exports")):
+        qmp.execute("nbd-server-stop")
+
+
 def remove_nodes(qmp: QmpClient, name: str) -> None:
     """Close the targets. QEMU flushes each; what it wrote before has arrived when this returns."""
     for node in qmp.execute("query-named-block-nodes"):
@@ -83,7 +95,7 @@ def remove_named_bitmaps(qmp: QmpClient, node: str, names: Iterable[str]) -> Non
 
 def remove_leftovers(qmp: QmpClient) -> bool:
     """Remove what earlier backups left behind that could not clean up. False when one is running."""
-    if _running(qmp, PREFIX):
+    if _running(qmp, PREFIX) or _is_served(qmp):
         return False
     remove_backup(qmp, PREFIX)
     return True
@@ -91,6 +103,18 @@ def remove_leftovers(qmp: QmpClient) -> bool:
 
 def _running(qmp: QmpClient, name: str) -> list[dict[str, Any]]:
     return [job for job in jobs_of(qmp, name) if job["status"] not in _DONE]
+
+
+def _is_served(qmp: QmpClient) -> bool:
+    """Whether the sink of a backup is alive: in pull mode no job tells that one is running."""
+    for node in qmp.execute("query-named-block-nodes"):
+        if str(node.get("node-name", "")).startswith(PREFIX) and node["drv"] == "nbd":
+            path = parse_qs(urlsplit(node["file"]).query).get("socket", [""])[0]
+            with socket.socket(socket.AF_UNIX) as stream, contextlib.suppress(OSError):
+                stream.settimeout(_PROBE_S)
+                stream.connect(path)
+                return True
+    return False
 
 
 def _cancel(qmp: QmpClient, job: dict[str, Any]) -> None:

@@ -39,6 +39,8 @@ class LiveDisk:
     size_bytes: int
     source: str
     device: str = ""
+    drive: str = ""
+    """Its name as a drive of the command line (``-drive id=``), if it has one."""
     keeps_bitmaps: bool = False
     """Its image format stores dirty bitmaps, so that they outlive QEMU."""
     bitmaps: tuple[LiveBitmap, ...] = ()
@@ -84,7 +86,7 @@ def _devices(entries: Iterable[dict[str, Any]], nodes: dict[str, dict[str, Any]]
             continue
         node = inserted["node-name"]
         device = entry.get("qdev", "")
-        disk = _disk(_device_name(entry, node), nodes.get(node, inserted), device)
+        disk = _disk(_device_name(entry, node), nodes.get(node, inserted), device, entry.get("device", ""))
         if inserted["ro"]:
             yield _Found(disk, "read-only")
         elif entry.get("removable"):
@@ -112,7 +114,7 @@ def _device_name(entry: dict[str, Any], node: str) -> str:
     return str(drive or node).removeprefix("drive-")
 
 
-def _disk(name: str, node: dict[str, Any], device: str = "") -> LiveDisk:
+def _disk(name: str, node: dict[str, Any], device: str = "", drive: str = "") -> LiveDisk:
     image = node["image"]
     return LiveDisk(
         name=_disk_name(name),
@@ -120,6 +122,7 @@ def _disk(name: str, node: dict[str, Any], device: str = "") -> LiveDisk:
         size_bytes=image["virtual-size"],
         source=str(image.get("filename", "")),
         device=device,
+        drive=drive,
         keeps_bitmaps=_keeps_bitmaps(image),
         bitmaps=tuple(_bitmap(item) for item in node.get("dirty-bitmaps", ()) if "name" in item),
     )

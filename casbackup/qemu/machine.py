@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from casbackup.errors import LiveUnsupported, QmpCommandFailed
-from casbackup.qemu import features
+from casbackup.errors import LiveBackupBusy, LiveUnsupported, QmpCommandFailed
+from casbackup.qemu import cleanup, features
+from casbackup.qemu.bitmaps import Tracking
 from casbackup.qemu.control import LiveControl
 from casbackup.qemu.disks import LiveDisk, Selection, find_disks
-from casbackup.qemu.push import PushSource, Tracking
+from casbackup.qemu.modes import AutoSource, why_not_pull
+from casbackup.qemu.pull import PullSource
+from casbackup.qemu.push import PushSource
 from casbackup.qemu.qmp import QmpClient
 from casbackup.qemu.source import LiveOptions, LiveSource, Mode, Report
 
@@ -29,29 +33,51 @@ class Machine:
         """Asks QEMU. Errors as ``find_disks``.
 
         :raise LiveUnsupported: when this QEMU cannot do ``mode``.
+        :raise LiveBackupBusy: when a backup of ours is running in it.
         """
+        if not cleanup.remove_leftovers(qmp):  # which may stand in front of the disks
+            raise LiveBackupBusy("QEMU is running a backup already")
         self.qmp = qmp
         self.version = ".".join(map(str, qmp.version))
         self.features = features.detect(qmp)
         self.disks: Sequence[LiveDisk] = find_disks(qmp, selection)
-        self.mode = _chosen(mode)
+        self._mode = mode
+        self._not_pull = "not asked for"
+        if mode is not Mode.PUSH:
+            self._not_pull = why_not_pull(qmp, self.features, self.disks, options)
+        if mode is Mode.PULL and self._not_pull:
+            raise LiveUnsupported(f"pull mode is not possible: {self._not_pull}")
         self.configs = dict(_configs(qmp))
         self._options = options
 
     def source(self, control: LiveControl, report: Report, tracking: Tracking | None) -> LiveSource:
         """For one backup."""
-        return PushSource(self.qmp, self.features, self._options, control, report, tracking)
+        push = PushSource(self.qmp, self.features, self._options, control, report, tracking)
+        pull = PullSource(self.qmp, self.features, self._options, control, report, tracking)
+        if self._mode is Mode.AUTO:
+            return AutoSource(push, pull, self._not_pull)
+        return pull if self._mode is Mode.PULL else push
 
     def warnings(self) -> Iterator[str]:
         """What is not as safe for the guest as it could be."""
-        if self.qmp.version >= _SAFE_VERSION or self.features.on_cbw_error:
+        if self.qmp.version >= _SAFE_VERSION or self.features.on_cbw_error or not self._not_pull:
             return
-        exposed = [disk.name for disk in self.disks if disk.device and _werror(self.qmp, disk) != "stop"]
+        exposed = [disk.name for disk in self.disks if disk.device and self._werror(disk) != "stop"]
         if exposed:
             yield (
                 f"{', '.join(exposed)}: werror is not `stop`; should casbackup and its sink both be killed, the guest "
                 f"would see I/O errors until QEMU has ended the backup"
             )
+
+    def _werror(self, disk: LiveDisk) -> str:
+        """What QEMU does when a write fails. A device says ``auto`` where the drive's own option counts."""
+        try:
+            policy = self.qmp.execute("qom-get", {"path": disk.device, "property": "werror"})
+        except QmpCommandFailed:
+            return ""
+        if policy == "auto":
+            return _drive_option(self.configs.get(COMMAND_LINE, b""), disk.drive, "werror")
+        return str(policy)
 
 
 def find_agent(qmp: QmpClient) -> str | None:
@@ -67,17 +93,15 @@ def find_agent(qmp: QmpClient) -> str | None:
     return None
 
 
-def _chosen(mode: Mode) -> Mode:
-    if mode is Mode.PULL:
-        raise LiveUnsupported("pull mode is not available")
-    return Mode.PUSH
-
-
-def _werror(qmp: QmpClient, disk: LiveDisk) -> str:
-    try:
-        return str(qmp.execute("qom-get", {"path": disk.device, "property": "werror"}))
-    except QmpCommandFailed:
-        return ""
+def _drive_option(command_line: bytes, drive: str, option: str) -> str:
+    """An option of the drive with an id on QEMU's command line; empty when it does not say."""
+    arguments = command_line.decode(errors="replace").splitlines()
+    for before, argument in itertools.pairwise(arguments):
+        if before == "-drive":
+            options = dict(item.partition("=")[::2] for item in argument.split(","))
+            if drive and options.get("id") == drive:
+                return options.get(option, "")
+    return ""
 
 
 def _configs(qmp: QmpClient) -> Iterator[tuple[str, bytes]]:

@@ -13,11 +13,28 @@ _FIRST_BYTES_S = 256 * MiB
 _LEAST_BYTES_S = 1 * MiB
 _UNLIMITED_BYTES_S = 4 * GiB
 """No QEMU copies as fast as that."""
-_LOW, _HIGH = 0.15, 0.4
+LOW_FILL, _HIGH = 0.15, 0.4
 """Of the sink's memory: below, go faster; above, go much slower."""
 _FASTER = 1.5
 _SLOWER, _MUCH_SLOWER = 0.8, 0.3
 _SMOOTHING_S = 1.0
+
+
+class Rate:
+    """What the backup has taken lately, in bytes per second."""
+
+    def __init__(self) -> None:
+        self.bytes_s = 0.0
+        self._last: tuple[float, int] | None = None
+
+    def look(self, now_s: float, taken_bytes: int) -> None:
+        """``taken_bytes``: in all, at this time."""
+        if self._last is not None:
+            elapsed_s, taken = now_s - self._last[0], taken_bytes - self._last[1]
+            if elapsed_s > 0:
+                weight = min(1.0, elapsed_s / _SMOOTHING_S)
+                self.bytes_s += weight * (taken / elapsed_s - self.bytes_s)
+        self._last = now_s, taken_bytes
 
 
 class Pace:
@@ -26,30 +43,21 @@ class Pace:
     def __init__(self, memory_bytes: int) -> None:
         self._memory = memory_bytes
         self._limit = float(_FIRST_BYTES_S)
-        self._rate = 0.0
-        self._last: tuple[float, int] | None = None
+        self._rate = Rate()
 
     @property
     def taken_bytes_s(self) -> float:
         """What the backup has taken lately, in bytes per second."""
-        return self._rate
+        return self._rate.bytes_s
 
     def look(self, now_s: float, taken_bytes: int, waiting_bytes: int) -> int:
         """``taken_bytes``: by the backup, in all. Returns the speed for all jobs together, 0 for unlimited."""
-        self._measure(now_s, taken_bytes)
+        self._rate.look(now_s, taken_bytes)
         fill = waiting_bytes / self._memory
         if fill > _HIGH:
-            self._limit = max(_LEAST_BYTES_S, _MUCH_SLOWER * self._rate)
-        elif fill > _LOW:
-            self._limit = max(_LEAST_BYTES_S, min(self._limit, _SLOWER * self._rate))
+            self._limit = max(_LEAST_BYTES_S, _MUCH_SLOWER * self.taken_bytes_s)
+        elif fill > LOW_FILL:
+            self._limit = max(_LEAST_BYTES_S, min(self._limit, _SLOWER * self.taken_bytes_s))
         else:
             self._limit = min(_UNLIMITED_BYTES_S, _FASTER * self._limit)
         return 0 if self._limit >= _UNLIMITED_BYTES_S else int(self._limit)
-
-    def _measure(self, now_s: float, taken_bytes: int) -> None:
-        if self._last is not None:
-            elapsed_s, taken = now_s - self._last[0], taken_bytes - self._last[1]
-            if elapsed_s > 0:
-                weight = min(1.0, elapsed_s / _SMOOTHING_S)
-                self._rate += weight * (taken / elapsed_s - self._rate)
-        self._last = now_s, taken_bytes

@@ -1,4 +1,4 @@
-"""Reading the disks of a running VM as they are now, through QEMU's own NBD server."""
+"""Reading disks of a running VM through QEMU's own NBD server, of which there is one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from casbackup.block.align import byte_addressable
 from casbackup.block.device import BlockDevice
@@ -19,44 +20,70 @@ from casbackup.qemu.qmp import QmpClient
 from casbackup.qemu.sink_server import private_folder
 
 _EXPORT = f"{PREFIX}read-"
+_SOCKET = "read.sock"
 
 
 @contextlib.contextmanager
 def readable(qmp: QmpClient, disks: Sequence[LiveDisk]) -> Iterator[list[BlockDevice]]:
-    """The disks as devices to read from, in order.
+    """The disks as they are now as devices to read from, in order.
 
     :raise LiveUnsupported: when QEMU's one NBD server is in use by somebody else.
     """
-    folder = private_folder()
-    with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        if qmp.peer.uid != os.geteuid():
-            os.chown(folder, qmp.peer.uid, qmp.peer.gid)
-        path = os.path.join(folder, "read.sock")
-        _start(qmp, path)
-        stack.callback(_quietly, qmp, "nbd-server-stop")
-        for number, disk in enumerate(disks):
-            name = f"{_EXPORT}{number}"
-            qmp.execute("block-export-add", {"type": "nbd", "id": name, "node-name": disk.node, "name": name})
-        yield [
-            stack.enter_context(_connected(NbdAddress(export=f"{_EXPORT}{number}", socket_path=path)))
-            for number in range(len(disks))
-        ]
+    with _folder_for(qmp) as folder, nbd_server(qmp, folder) as path, contextlib.ExitStack() as stack:
+        addresses = [export(qmp, path, f"{_EXPORT}{number}", disk.node) for number, disk in enumerate(disks)]
+        yield [stack.enter_context(opened(address)) for address in addresses]
 
 
-def _start(qmp: QmpClient, path: str) -> None:
-    if any(str(export["id"]).startswith(_EXPORT) for export in qmp.execute("query-block-exports")):
-        _quietly(qmp, "nbd-server-stop")  # it is of a backup that was killed
+@contextlib.contextmanager
+def nbd_server(qmp: QmpClient, folder: str) -> Iterator[str]:
+    """While entered QEMU's NBD server listens on a socket in a folder that QEMU can enter. Gives its path.
+
+    :raise LiveUnsupported: when it is in use by somebody else.
+    """
+    path = os.path.join(folder, _SOCKET)
     try:
         qmp.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": path}}})
     except QmpCommandFailed as error:
-        raise LiveUnsupported(f"unchanged data cannot be compared: {error.message}") from error
+        raise LiveUnsupported(f"QEMU's NBD server, which is needed for reading: {error.message}") from error
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(CasbackupError):
+            qmp.execute("nbd-server-stop")
 
 
-def _connected(address: NbdAddress) -> BlockDevice:
-    return Guarded(byte_addressable(NbdClient.connect(address)))
+def check_nbd_server(qmp: QmpClient) -> None:
+    """:raise LiveUnsupported: as ``nbd_server`` would now."""
+    with _folder_for(qmp) as folder, nbd_server(qmp, folder):
+        pass
 
 
-def _quietly(qmp: QmpClient, command: str) -> None:
-    with contextlib.suppress(CasbackupError):
-        qmp.execute(command)
+def export(
+    qmp: QmpClient, path: str, name: str, node: str, *, writable: bool = False, bitmap: dict[str, str] | None = None
+) -> NbdAddress:
+    """Let the server on ``path`` offer a node. ``bitmap``: the node and name of a dirty bitmap to offer with it.
+
+    Errors as ``QmpClient.execute``.
+    """
+    options: dict[str, Any] = {"type": "nbd", "id": name, "node-name": node, "name": name, "writable": writable}
+    if bitmap is not None:
+        options["bitmaps"] = [bitmap]
+    qmp.execute("block-export-add", options)
+    return NbdAddress(export=name, socket_path=path)
+
+
+def opened(address: NbdAddress) -> BlockDevice:
+    """An export as a device. Errors as ``NbdClient.connect``."""
+    return Guarded(byte_addressable(NbdClient.connect(address, whole_reads=True)))
+
+
+@contextlib.contextmanager
+def _folder_for(qmp: QmpClient) -> Iterator[str]:
+    """A folder for a while that QEMU can enter, too."""
+    folder = private_folder()
+    try:
+        if qmp.peer.uid != os.geteuid():
+            os.chown(folder, qmp.peer.uid, qmp.peer.gid)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from mmap import ACCESS_READ, mmap
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -19,6 +22,7 @@ from casbackup.errors import BackupBroken, CasbackupError, SinkLost
 from casbackup.qemu.sink_link import Messages, Receiver, new_link
 from casbackup.qemu.sink_process import SinkSettings
 from casbackup.qemu.sink_server import SharedListener, StandIn
+from casbackup.qemu.vmstate import Undo
 
 _MODULE = "casbackup.qemu.sink_process"
 _LEAST_SILENCE_S = 1.0
@@ -57,14 +61,21 @@ class SinkSpace(NamedTuple):
 class SinkHost:
     """Enter it to start the sink. ``failure`` says why the backup is broken, if it is."""
 
-    def __init__(self, settings: SinkSettings, space: SinkSpace, *, uid: int, gid: int) -> None:
-        """``uid``, ``gid``: QEMU's. Errors as ``SharedListener`` and ``SinkSpace.overflow``."""
+    def __init__(
+        self, settings: SinkSettings, space: SinkSpace, *, uid: int, gid: int, saves_state: bool = False
+    ) -> None:
+        """``uid``, ``gid``: QEMU's. ``saves_state``: the sink takes a VM's memory, too, by ``state_stream``, as a disk
+        after the others.
+
+        Errors as ``SharedListener`` and ``SinkSpace.overflow``.
+        """
         self._settings = settings
         self._overflow = space.overflow()
         self._memory = space.memory()
         self._silence_s = max(_LEAST_SILENCE_S, settings.max_guest_stall_s)
         self._listener = SharedListener(uid=uid, gid=gid)
         self._link, self._theirs = new_link()
+        self._state_ends: Sequence[socket.socket] = socket.socketpair() if saves_state else ()
         self._messages = Messages(self._link.control)
         self._watcher = threading.Thread(target=self._watch, name="sink-watch", daemon=True)
         self._report: dict[str, Any] = {}
@@ -116,6 +127,16 @@ class SinkHost:
         """The guest is frozen through this agent; None: it is thawed. An orphaned sink thaws it."""
         self._messages.send({"frozen": agent_path})
 
+    @contextlib.contextmanager
+    def state_stream(self) -> Iterator[socket.socket]:
+        """QEMU's end of the stream of memory. Once it is closed here, QEMU's copy is the only one. Enter it once."""
+        with self._state_ends[1] as stream:
+            yield stream
+
+    def undo(self, what: Undo | None) -> None:
+        """What an orphaned sink is to do to QEMU; None: nothing any more."""
+        self._messages.send({"undo": None if what is None else what.message()})
+
     def drop(self, reason: str) -> None:
         """Give the backup up: what comes is acknowledged and dropped. ``receive_into`` returns."""
         self._dropped = True
@@ -139,6 +160,8 @@ class SinkHost:
     def __enter__(self) -> Self:
         self._process = self._launch()
         self._theirs.close()
+        for end in self._state_ends[:1]:
+            end.close()
         self._messages.send(self._settings.message())
         self._watcher.start()
         if not self._started.wait(_START_S) or self._lost is not None:
@@ -160,6 +183,8 @@ class SinkHost:
                 self._process.wait()
         self._watcher.join()
         self._link.close()
+        for end in self._state_ends:
+            end.close()
         self._listener.close()
         os.close(self._memory)
         if self._overflow is not None:
@@ -172,6 +197,7 @@ class SinkHost:
             self._listener.socket.fileno(),
             self._memory,
             -1 if self._overflow is None else self._overflow.fileno(),
+            self._state_ends[0].fileno() if self._state_ends else -1,
         ]
         return subprocess.Popen(
             [sys.executable, "-P", "-m", _MODULE, *map(str, inherited)],

@@ -4,8 +4,8 @@ It acknowledges QEMU's writes once they are in memory, which the backup has in v
 goes on acknowledging. When the backup dies without a word, it ends the jobs in QEMU in its place, thaws the guest, and
 goes when QEMU has let go of it.
 
-Run as ``python -P -m casbackup.qemu.sink_process DATA CONTROL LISTENER MEMORY OVERFLOW``, with the numbers of inherited
-descriptors. OVERFLOW is a file; -1: not wanted.
+Run as ``python -P -m casbackup.qemu.sink_process DATA CONTROL LISTENER MEMORY OVERFLOW STATE``, with the numbers of
+inherited descriptors. OVERFLOW is a file, and by STATE the memory of the VM comes; -1: not wanted.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from casbackup.qemu.cleanup import remove_backup
 from casbackup.qemu.qmp import QmpClient
 from casbackup.qemu.sink_link import Link, Messages, Sender
 from casbackup.qemu.sink_server import SinkExport, SinkServer
+from casbackup.qemu.state_stream import StateReceiver
+from casbackup.qemu.vmstate import Undo, undo
 
 REPORT_S = 0.05
 """How often the sink tells how it is."""
@@ -60,13 +62,16 @@ class SinkSettings:
 class Sink:
     """The process, from the settings to the end."""
 
-    def __init__(self, link: Link, listener: socket.socket, backlog: Backlog) -> None:
+    def __init__(self, link: Link, listener: socket.socket, backlog: Backlog, state: socket.socket | None) -> None:
         self._messages = Messages(link.control)
         self._link = link
         self._listener = listener
         self._backlog = backlog
         self._sender = Sender(link.data, backlog)
+        self._state_stream = state
+        self._state: StateReceiver | None = None
         self._frozen_agent: str | None = None
+        self._undo: Undo | None = None
         self._ending = False
 
     def run(self) -> None:
@@ -76,6 +81,13 @@ class Sink:
         self._sender.start()
         self._server = SinkServer(self._backlog, settings.exports, max_guest_stall_s=settings.max_guest_stall_s)
         self._server.serve(self._listener)
+        if self._state_stream is not None:
+            self._state = StateReceiver(
+                self._backlog,
+                str(len(settings.exports)),
+                self._state_stream,
+                max_guest_stall_s=settings.max_guest_stall_s,
+            )
         while not self._ending:
             messages = self._messages.receive(REPORT_S)
             if messages is None or not self._report():
@@ -103,6 +115,8 @@ class Sink:
     def _obey(self, message: dict[str, Any]) -> None:
         if "frozen" in message:
             self._frozen_agent = message["frozen"]
+        elif "undo" in message:
+            self._undo = None if message["undo"] is None else Undo(**message["undo"])
         elif "drop" in message:
             self._backlog.fail(BackupBroken(message["drop"]))
             self._hang_up()
@@ -113,6 +127,8 @@ class Sink:
 
     def _finish(self) -> None:
         """In a thread, for reports go on: QEMU has written everything; when the backup has it all, say so."""
+        if self._state is not None:
+            self._state.finish()
         with contextlib.suppress(CasbackupError):  # the next report says it
             self._backlog.finish()
             self._sender.end()
@@ -135,6 +151,8 @@ class Sink:
         while time.monotonic() < deadline:
             try:
                 with QmpClient.connect(settings.qmp_path, timeout_s=_RETRY_S) as qmp:
+                    if self._undo is not None:
+                        undo(qmp, self._undo)
                     remove_backup(qmp, settings.backup_name, bitmap_token=settings.bitmap_token)
                 return
             except CasbackupError:
@@ -163,12 +181,12 @@ def _survive_others() -> None:
 def main() -> None:
     _ignore_signals()
     _survive_others()
-    data, control, listener, memory, overflow = map(int, sys.argv[1:])
+    data, control, listener, memory, overflow, state = map(int, sys.argv[1:])
     link = Link(socket.socket(fileno=data), socket.socket(fileno=control))
     file = None if overflow < 0 else RawFile(overflow, "the spool file", writable=True)
     backlog = Backlog(BufferPool(mmap(memory, 0)), file)
     try:
-        Sink(link, socket.socket(fileno=listener), backlog).run()
+        Sink(link, socket.socket(fileno=listener), backlog, None if state < 0 else socket.socket(fileno=state)).run()
     finally:
         sys.stderr.flush()
         os._exit(0)  # threads that wait for QEMU or for a backup that is stuck do not matter any more

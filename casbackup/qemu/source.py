@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 from casbackup.block.spool import Consumer
 from casbackup.limits import SINK_MEMORY_BYTES
 from casbackup.qemu.disks import LiveDisk
+from casbackup.qemu.vmstate import SavedState, StateWay
 
 
 class FreezePolicy(StrEnum):
@@ -44,6 +45,8 @@ class LiveOptions:
     memory_bytes: int = SINK_MEMORY_BYTES
     spool_bytes: int = 0
     spool_folder: str | None = None
+    vmstate: StateWay | None = None
+    """How to save the VM's memory, too."""
 
 
 class DiskTask(NamedTuple):
@@ -54,10 +57,17 @@ class DiskTask(NamedTuple):
 
 
 class Instant(NamedTuple):
-    """What is known about the point in time. ``frozen``: file systems of the guest; ``note``: why not."""
+    """What is known about the point in time. ``frozen``: file systems of the guest; ``note``: why not.
+
+    ``state``: the VM's memory was saved, too. ``mode``: who moved the data; ``mode_note``: why QEMU, if that was left
+    open.
+    """
 
     frozen: bool
     note: str = ""
+    state: SavedState | None = None
+    mode: Mode = Mode.PUSH
+    mode_note: str = ""
 
 
 Report = Callable[[str], None]
@@ -74,8 +84,9 @@ class LiveSource(Protocol):
     def run(self, tasks: Sequence[DiskTask], consumer: Consumer) -> Instant:
         """Hand every wanted range of every disk to ``consumer``, each once, and return when QEMU is done with it.
 
-        ``consumer`` is called in the calling thread, with the place of the disk in ``tasks`` as its name. However
-        this ends, neither jobs nor nodes of ours are left in QEMU, and the guest has noticed nothing.
+        ``consumer`` is called by one thread at a time, with the place of the disk in ``tasks`` as its name. The VM's
+        memory, if it is wanted, comes in order as the data of one disk more. However this ends, neither jobs nor nodes
+        of ours are left in QEMU, and the guest has noticed nothing.
 
         :raise LiveBackupError: when it did not succeed; what the consumer has must be thrown away then. Its own errors
             come out, too.

@@ -107,7 +107,7 @@ class LiveOrigin:
 
     ``frozen``: the guest's file systems were frozen at the instant; ``note``: why not. ``bitmap``: in the name of the
     dirty bitmaps in QEMU that record what was written since; empty: there are none. ``increments``: the disks of which
-    only what a bitmap had recorded was read.
+    only what a bitmap had recorded was read. ``mode_note``: why QEMU pushed the data, if that was left open.
     """
 
     mode: str
@@ -116,6 +116,7 @@ class LiveOrigin:
     note: str = ""
     bitmap: str = ""
     increments: tuple[DiskName, ...] = ()
+    mode_note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +259,7 @@ def _archive_map(archive: ArchiveOrigin) -> dict[str, Any]:
 
 
 def _live_map(live: LiveOrigin) -> dict[str, Any]:
-    return {
+    body = {
         "mode": live.mode,
         "qemu": live.qemu,
         "frozen": live.frozen,
@@ -266,6 +267,9 @@ def _live_map(live: LiveOrigin) -> dict[str, Any]:
         "bitmap": live.bitmap,
         "increments": list(live.increments),
     }
+    if live.mode_note:
+        body["mode_note"] = live.mode_note
+    return body
 
 
 def _from_map(body: Mapping[str, Any]) -> Manifest:
@@ -312,6 +316,7 @@ def _live(body: Mapping[str, Any]) -> LiveOrigin:
         note=_typed(body["note"], str),
         bitmap=_typed(body["bitmap"], str),
         increments=tuple(parse_disk(_typed(name, str)) for name in body["increments"]),
+        mode_note=_typed(body.get("mode_note", ""), str),
     )
 
 

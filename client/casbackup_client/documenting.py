@@ -117,6 +117,7 @@ def _disk_document(disk: DiskRecord) -> DiskDocument:
 def _live_document(live: LiveOrigin) -> LiveOriginDocument:
     return {
         "mode": live.mode,
+        "mode_note": live.mode_note,
         "qemu": live.qemu,
         "frozen": live.frozen,
         "note": live.note,

@@ -85,6 +85,9 @@ class LiveOriginDocument(TypedDict):
     """How a snapshot was taken of a VM that was running."""
 
     mode: str
+    """Who moved the data: ``push`` for QEMU, ``pull`` for casbackup."""
+    mode_note: str
+    """Why QEMU, where pulling was not possible."""
     qemu: str
     """QEMU's version."""
     frozen: bool

@@ -149,10 +149,12 @@ def live_backup(app: App, flags: LiveFlags, **request: Any) -> LiveReport:
 
 
 def _tell(app: App, report: LiveReport) -> None:
-    """Plainly, why a disk was read as a whole, unless nothing else was to be expected."""
+    """Plainly, why a disk was read as a whole, unless nothing else was to be expected, and why QEMU moved the data."""
     for disk in report.disks:
         if disk.lost:
             app.output.complain(f"{disk.name} was read as a whole: {disk.reason}")
+    if report.instant.mode_note:
+        app.output.complain(f"QEMU pushed the data: {report.instant.mode_note}")
     if report.instant.note and not report.instant.frozen and app.verbose:
         app.output.complain(f"the guest was not frozen: {report.instant.note}")
 

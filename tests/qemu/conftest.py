@@ -9,16 +9,19 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from casbackup.block.device import Closing
 from casbackup.block.nbd.client import NbdClient
 from casbackup.block.nbd.uri import NbdAddress
 from casbackup.errors import QmpUnreachable
 from casbackup.qemu.qmp import QmpClient
+from casbackup.qemu.source import Mode
 
 MiB = 1024 * 1024
 KiB = 1024
@@ -36,6 +39,14 @@ def need(program: str) -> str:
     return path
 
 
+def newer(program: str) -> str:
+    """A program of the newer QEMU; without one the test is skipped."""
+    folder = os.environ.get("CASBACKUP_QEMU_NEWER")
+    if not folder:
+        pytest.skip("CASBACKUP_QEMU_NEWER names no folder of a newer QEMU (scripts/fetch_newer_qemu.sh)")
+    return str(Path(folder) / program)
+
+
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A folder whose path is short enough for sockets."""
@@ -46,6 +57,9 @@ def place() -> Iterator[Path]:
 
 class Process:
     """A QEMU of ours, ended by its id at the end."""
+
+    mode = Mode.PUSH
+    """In which it is to be backed up."""
 
     def __init__(self, folder: Path, command: list[str]) -> None:
         self.qmp_path = str(folder / "qmp.sock")
@@ -103,18 +117,79 @@ class Daemon(Process):
 
     def guest(self, disk: str) -> NbdClient:
         """The disk as the guest sees it."""
-        return NbdClient.connect(NbdAddress(export=disk, socket_path=self._nbd), max_connections=1)
+        return self.guest_of(disk)()
+
+    def guest_of(self, disk: str) -> Callable[[], NbdClient]:
+        """What opens it, in any process."""
+        return partial(NbdClient.connect, NbdAddress(export=disk, socket_path=self._nbd), max_connections=1)
+
+
+class Vm(Process):
+    """A VM with two disks that does nothing by itself: tests write to its disks, as its devices would."""
+
+    mode = Mode.PULL
+
+    def __init__(self, folder: Path, disks: dict[str, Path], extra: list[str] | None = None) -> None:
+        self.folder = folder
+        self.disks = disks
+        command = [newer("qemu-system-x86_64"), "-M", "pc", "-m", "16", "-accel", "tcg", "-display", "none", "-S"]
+        command += ["-nodefaults", "-qmp", f"unix:{folder}/qmp.sock,server=on,wait=off"]
+        command += ["-qmp", f"unix:{folder}/writer.sock,server=on,wait=off"]
+        for name, path in disks.items():
+            command += ["-blockdev", f"driver=file,node-name={name}-file,filename={path},discard=unmap"]
+            command += ["-blockdev", f"driver=raw,node-name=disk-{name},file={name}-file,discard=unmap"]
+            command += ["-device", f"virtio-blk-pci,drive=disk-{name},id={name}"]
+        super().__init__(folder, command + (extra or []))
+        self._writer = str(folder / "writer.sock")
+
+    @property
+    def errors(self) -> int:
+        """Of writes that a guest would have seen fail."""
+        return (self.folder / "log").read_text(errors="replace").count("failed")
+
+    def guest(self, disk: str) -> VmDisk:
+        return self.guest_of(disk)()
+
+    def guest_of(self, disk: str) -> Callable[[], VmDisk]:
+        """What opens it, in any process."""
+        return partial(VmDisk, self._writer, disk)
+
+
+class VmDisk(Closing):
+    """One disk of a ``Vm``, written to through the device's own block backend."""
+
+    def __init__(self, path: str, disk: str) -> None:
+        self._qmp = QmpClient.connect(path)
+        self._device = f"/machine/peripheral/{disk}/virtio-backend"
+
+    def write(self, offset: int, data: bytes) -> None:
+        """The bytes must all be the same."""
+        assert data.count(data[0]) == len(data)
+        self._run(f"write -q -P {data[0]} {offset} {len(data)}")
+
+    def write_zeros(self, offset: int, length: int, *, may_trim: bool = True) -> None:
+        self._run(f"write -q -z {'-u ' if may_trim else ''}{offset} {length}")
+
+    def close(self) -> None:
+        self._qmp.close()
+
+    def _run(self, command: str) -> None:
+        line = f'qemu-io -d {self._device} "{command}"'
+        self._qmp.execute("human-monitor-command", {"command-line": line})
 
 
 class BootGuest(Process):
     """A VM that writes a deterministic log to two disks in turn, as fast as it can."""
 
-    def __init__(self, folder: Path, extra: list[str] | None = None, werror: str = "report") -> None:
+    def __init__(
+        self, folder: Path, extra: list[str] | None = None, werror: str = "report", program: str | None = None
+    ) -> None:
+        """``extra``: arguments. Disks that are in the folder already are used as they are."""
         self.folder = folder
         self.serial = folder / "serial"
         boot = folder / "boot.raw"
         boot.write_bytes(BOOT_SECTOR.read_bytes().ljust(1 * MiB, b"\0"))
-        command = [need("qemu-system-x86_64"), "-M", "pc", "-m", "16", "-accel", "tcg", "-display", "none"]
+        command = [program or need("qemu-system-x86_64"), "-M", "pc", "-m", "16", "-accel", "tcg", "-display", "none"]
         command += [
             "-nodefaults",
             "-serial",
@@ -127,8 +202,9 @@ class BootGuest(Process):
         command += ["-device", "virtio-blk-pci,drive=boot,id=boot,bootindex=1"]
         for name in ("a", "b"):
             path = folder / f"{name}.raw"
-            path.write_bytes(b"")
-            os.truncate(path, GUEST_DISK_BYTES)
+            if not path.exists():
+                path.write_bytes(b"")
+                os.truncate(path, GUEST_DISK_BYTES)
             command += ["-blockdev", f"driver=file,node-name={name}-file,filename={path}"]
             command += ["-blockdev", f"driver=raw,node-name=disk-{name},file={name}-file"]
             command += ["-device", f"virtio-blk-pci,drive=disk-{name},id=virtio-{name},werror={werror}"]
@@ -214,20 +290,26 @@ def assert_clean(qmp: QmpClient, *, bitmaps: int = 0) -> None:
     assert not [job for job in qmp.execute("query-jobs") if job["id"].startswith("casbackup")]
     for node in qmp.execute("query-named-block-nodes"):
         assert not node.get("node-name", "").startswith("casbackup"), node
-        ours = [b["name"] for b in node.get("dirty-bitmaps", ()) if b["name"].startswith("casbackup")]
+        ours = [b["name"] for b in node.get("dirty-bitmaps", ()) if b.get("name", "").startswith("casbackup")]
         assert len(ours) in {0, bitmaps}, ours
+    assert not [e for e in qmp.execute("query-block-exports") if e["id"].startswith("casbackup")]
 
 
-@pytest.fixture
-def daemon(place: Path) -> Iterator[Daemon]:
-    """Two disks of 32 MiB with some data."""
+def two_disks(place: Path) -> dict[str, Path]:
+    """Files of 32 MiB with some data."""
     disks = {}
     for name in ("a", "b"):
         path = place / f"{name}.raw"
         path.write_bytes(os.urandom(1 * MiB) * 8)
         os.truncate(path, 32 * MiB)
         disks[name] = path
-    made = Daemon(place, disks)
+    return disks
+
+
+@pytest.fixture
+def daemon(place: Path) -> Iterator[Daemon]:
+    """A storage daemon with two disks of 32 MiB."""
+    made = Daemon(place, two_disks(place))
     with contextlib.closing(made):
         yield made
 
@@ -239,3 +321,37 @@ def guest(place: Path) -> Iterator[BootGuest]:
     with contextlib.closing(made):
         made.wait_written(64)
         yield made
+
+
+@pytest.fixture
+def newer_guest(place: Path) -> Iterator[BootGuest]:
+    """The same in the newer QEMU, to be pulled from."""
+    made = BootGuest(place, program=newer("qemu-system-x86_64"))
+    made.mode = Mode.PULL
+    with contextlib.closing(made):
+        made.wait_written(64)
+        yield made
+
+
+@pytest.fixture
+def vm(place: Path) -> Iterator[Vm]:
+    """A VM with two disks of 32 MiB, to be pulled from."""
+    made = Vm(place, two_disks(place))
+    with contextlib.closing(made):
+        yield made
+
+
+@pytest.fixture(params=["push", "pull"])
+def running(request: pytest.FixtureRequest) -> BootGuest:
+    """A boot guest, to be backed up in both modes."""
+    made = request.getfixturevalue("guest" if request.param == "push" else "newer_guest")
+    assert isinstance(made, BootGuest)
+    return made
+
+
+@pytest.fixture(params=["push", "pull"])
+def idle(request: pytest.FixtureRequest) -> Daemon | Vm:
+    """Disks that only tests write to, to be backed up in both modes."""
+    made = request.getfixturevalue("daemon" if request.param == "push" else "vm")
+    assert isinstance(made, Daemon | Vm)
+    return made

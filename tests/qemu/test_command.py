@@ -76,6 +76,7 @@ def test_backup_and_restore(daemon: Daemon, casbackup: Command, tmp_path: Path) 
     assert [disk["name"] for disk in snapshot["disks"]] == ["a", "b"]
     assert {"100.conf", "qemu-command-line"} <= {item["name"] for item in snapshot["configs"]}
     assert snapshot["live"]["mode"] == "push"
+    assert snapshot["live"]["mode_note"]
     assert not snapshot["live"]["frozen"]
     shown = casbackup.start("show", "vm/100").communicate()[0].decode()
     assert "while the VM ran, QEMU" in shown
@@ -99,6 +100,7 @@ def test_a_lost_bitmap_is_said_plainly(daemon: Daemon, casbackup: Command) -> No
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0
     assert b"a was read as a whole: the dirty bitmap is lost" in err
+    assert b"QEMU pushed the data: " in err
 
 
 def test_jobs_can_be_steered_from_another_terminal(daemon: Daemon, casbackup: Command) -> None:

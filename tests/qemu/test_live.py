@@ -44,10 +44,11 @@ class Backups:
         *,
         control: LiveControl | None = None,
         options: LiveOptions | None = None,
+        mode: Mode = Mode.PUSH,
         **request: object,
     ) -> LiveReport:
         options = options or LiveOptions(freeze=FreezePolicy.NEVER)
-        machine = Machine(qmp, Selection(), options, Mode.AUTO)
+        machine = Machine(qmp, Selection(), options, mode)
         wanted = LiveRequest(DEFAULT_NAMESPACE, VM, **request)  # type: ignore[arg-type]
         return live_backup(self.peer, machine, wanted, control=control or LiveControl(), report=self.messages.append)
 
