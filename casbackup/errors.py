@@ -21,7 +21,8 @@
      +- SourceError
      |   +- SourceNotFound, SourceUnreadable, SourceChanged, ToolMissing, ToolFailed
      +- TargetError
-     |   +- TargetExists, TargetTooSmall, TargetUnsuitable, TargetUnwritable, TargetFull, TargetClosed
+     |   +- TargetExists, TargetTooSmall, TargetUnsuitable, TargetUnwritable, TargetFull, TargetClosed,
+     |   +- DiskInUse, AddressUnusable, MountpointUnusable
      +- ArchiveError          something is wrong with an archive of another format
      |   +- ArchiveUnknown, ArchiveUnsupported, ArchiveLimit, ArchiveDamaged, ArchiveIncomplete,
      |   +- ArchiveLosses, ArchivePluginBroken, ArchiveUnsound, ArchiveUnreadable
@@ -561,6 +562,27 @@ class TargetUnsuitable(TargetError):
 
     code = "target-unsuitable"
     advice = "See `casbackup restore --help` for what a target can be."
+
+
+class DiskInUse(TargetError):
+    """A disk is used in a way that does not allow writing to it."""
+
+    code = "disk-in-use"
+    advice = "End what uses it first."
+
+
+class AddressUnusable(TargetError):
+    """Nothing can listen at an address."""
+
+    code = "address-unusable"
+    advice = "Give another address, or end what uses this one."
+
+
+class MountpointUnusable(TargetError):
+    """Nothing can be mounted at a place."""
+
+    code = "mountpoint-unusable"
+    advice = "Give an empty folder of yours."
 
 
 class TargetUnwritable(TargetError):

@@ -13,7 +13,7 @@ import os
 import struct
 
 from casbackup.block.device import Closing
-from casbackup.errors import SourceNotFound, SourceUnreadable, TargetUnsuitable
+from casbackup.errors import DiskInUse, SourceNotFound, SourceUnreadable
 
 _FLOCK = struct.Struct("hhqqi4x")
 """``struct flock`` of Linux on 64 bits: type, whence, start, length, pid."""
@@ -30,7 +30,7 @@ class ImageLock(Closing):
     def __init__(self, path: str) -> None:
         """Without effect where the file system knows no such locks.
 
-        :raise TargetUnsuitable: when somebody uses the file in a way that excludes writing.
+        :raise DiskInUse: when somebody uses the file in a way that excludes writing.
         :raise SourceError: when it cannot be opened.
         """
         self._path = path
@@ -69,5 +69,5 @@ class ImageLock(Closing):
         answer = fcntl.fcntl(self._descriptor, fcntl.F_OFD_GETLK, asked)
         return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
-    def _in_use(self) -> TargetUnsuitable:
-        return TargetUnsuitable(f"{self._path} is in use: by a VM, or by another proxy")
+    def _in_use(self) -> DiskInUse:
+        return DiskInUse(f"{self._path} is in use: by a VM, or by another proxy")

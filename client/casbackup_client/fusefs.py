@@ -14,7 +14,7 @@ from typing import Any
 import mfusepy
 
 from casbackup.clock import Clock
-from casbackup.errors import CasbackupError, TargetUnsuitable
+from casbackup.errors import CasbackupError, MountpointUnusable
 from casbackup.peer.served import Report
 from casbackup_client.openfiles import OpenFiles
 from casbackup_client.snapshottree import File, Folder
@@ -119,7 +119,7 @@ class _Fuse(mfusepy.FUSE):  # type: ignore[misc]
 def serve(operations: SnapshotFiles, folder: str) -> None:
     """Until it is unmounted, or SIGINT, SIGTERM or SIGHUP comes, which unmounts it.
 
-    :raise TargetUnsuitable: when it cannot be mounted there; libfuse has said why on stderr.
+    :raise MountpointUnusable: when it cannot be mounted there; libfuse has said why on stderr.
     """
     options: dict[str, Any] = {"ro": True, "fsname": "casbackup", "subtype": "casbackup", "kernel_cache": True}
     if operations.for_all:
@@ -132,7 +132,7 @@ def serve(operations: SnapshotFiles, folder: str) -> None:
             _Fuse(operations, folder, foreground=True, **options)
         except RuntimeError as error:
             if error.args[0] not in _ENDED:
-                raise TargetUnsuitable(f"{folder}: nothing can be mounted there") from error
+                raise MountpointUnusable(f"{folder}: nothing can be mounted there") from error
 
 
 @contextlib.contextmanager

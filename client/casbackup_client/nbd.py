@@ -44,7 +44,7 @@ class NbdFlags(NamedTuple):
 
         if self.listen is None:
             return NbdAddress(socket_path=_own_socket())
-        if self.listen.startswith(_UNIX):
+        if self.listen.startswith(_UNIX) and self.listen != _UNIX:
             return NbdAddress(socket_path=os.path.abspath(self.listen.removeprefix(_UNIX)))
         host, colon, port = self.listen.rpartition(":")
         if not colon or not host or not port.isdecimal() or int(port) > 65535:

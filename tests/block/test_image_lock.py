@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from casbackup.block.image_lock import ImageLock
-from casbackup.errors import SourceNotFound, SourceUnreadable, TargetUnsuitable
+from casbackup.errors import DiskInUse, SourceNotFound, SourceUnreadable
 
 KiB = 1024
 
@@ -23,7 +23,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_only_one_holds_it(image: Path) -> None:
-    with ImageLock(str(image)), pytest.raises(TargetUnsuitable, match="is in use"):
+    with ImageLock(str(image)), pytest.raises(DiskInUse, match="is in use"):
         ImageLock(str(image))
     ImageLock(str(image)).close()
 
@@ -57,7 +57,7 @@ def test_qemu_heeds_it_and_is_heeded(image: Path) -> None:
         holder.stdin.write(b"write 0 4k\n")
         while b"ops" not in os.read(holder.stdout.fileno(), 4096):
             pass
-        with pytest.raises(TargetUnsuitable, match="is in use"):
+        with pytest.raises(DiskInUse, match="is in use"):
             ImageLock(str(image))
         holder.stdin.close()
         holder.wait(20)

@@ -34,7 +34,7 @@ from casbackup.block.nbd.server import NbdServer
 from casbackup.block.nbd.uri import NbdAddress
 from casbackup.block.rawfile import RawFile
 from casbackup.block.sparse import SparseMemory
-from casbackup.errors import NbdConnectionFailed, NbdRequestFailed, TargetUnsuitable, TargetUnwritable, UsageError
+from casbackup.errors import AddressUnusable, NbdConnectionFailed, NbdRequestFailed, TargetUnwritable, UsageError
 from casbackup.testing.block import BlockDeviceConformance
 from casbackup.units import GiB, KiB, MiB
 
@@ -239,10 +239,10 @@ def test_where_to_listen(tmp_path: Path, serve: Callable[..., NbdAddress]) -> No
     address = serve(MemoryDevice(1))
     assert os.stat(address.socket_path or "").st_mode & 0o777 == 0o600
     server = NbdServer([])
-    with pytest.raises(TargetUnsuitable, match="cannot listen there"):
+    with pytest.raises(AddressUnusable, match="cannot listen there"):
         server.listen(address)
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(TargetUnsuitable):
+    with pytest.raises(AddressUnusable):
         server.listen(NbdAddress(socket_path=str(tmp_path / "file")))
     assert (tmp_path / "file").read_text() == "precious"
     with pytest.raises(UsageError, match="at most 107 bytes"):

@@ -189,8 +189,8 @@ def test_bad_input(history: Casbackup, folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("casbackup_client.commands.mount._DEVICE", "/nowhere")
     assert history.fails(5, "mount", "vm/100", folder)["code"] == "tool-missing"
     monkeypatch.setattr("casbackup_client.commands.mount._DEVICE", "/dev/null")
-    assert history.fails(6, "mount", "vm/100", folder / "missing")["code"] == "target-unsuitable"
-    assert history.fails(6, "mount", "vm/100", history.folder)["code"] == "target-unsuitable"
+    assert history.fails(6, "mount", "vm/100", folder / "missing")["code"] == "mountpoint-unusable"
+    assert history.fails(6, "mount", "vm/100", history.folder)["code"] == "mountpoint-unusable"
     pytest.importorskip("mfusepy")
     assert history.fails(14, "mount", "vm/300", folder)["code"] == "snapshot-not-found"
     assert history.fails(14, "mount", "vm/100@2020", folder)["code"] == "snapshot-not-found"

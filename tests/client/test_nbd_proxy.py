@@ -230,7 +230,7 @@ def test_a_disk_in_use_is_not_served_again(cb: Casbackup, start: Start, short: P
     disk = cb.disk()
     process = start("nbd-proxy", disk, "--listen", f"unix:{short}/proxy", "--json")
     document_of(process)
-    assert cb.fails(6, "nbd-proxy", disk)["code"] == "target-unsuitable"
+    assert cb.fails(6, "nbd-proxy", disk)["code"] == "disk-in-use"
     assert ended(process)[0] == 0
 
 

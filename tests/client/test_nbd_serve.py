@@ -249,13 +249,15 @@ def test_saving_is_tried_again_until_it_succeeds(cb: Casbackup, two_disks: dict[
     [
         (2, "usage", ["--save-as", "vm/200"]),
         (2, "usage", ["--listen", "nowhere"]),
+        (2, "usage", ["--listen", "unix:"]),
         (2, "usage", ["--listen", "0.0.0.0:10809"]),
         (2, "usage", ["--tls-verify-clients"]),
         (2, "usage", ["--tls-certificates", "/nowhere"]),
         (2, "invalid-name", ["--writable", "--save-as", "100"]),
         (2, "invalid-value", ["--cache", "1MiB"]),
         (14, "snapshot-not-found", ["--disk", "scsi7"]),
-        (6, "target-unsuitable", ["--listen", "unix:/nowhere/socket"]),
+        (6, "address-unusable", ["--listen", "unix:/nowhere/socket"]),
+        (6, "address-unusable", ["--listen", "unix:/etc/hostname"]),
         (6, "target-unwritable", ["--writable", "--overlay-folder", "/nowhere"]),
     ],
 )

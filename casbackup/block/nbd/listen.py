@@ -9,7 +9,7 @@ import stat
 from dataclasses import replace
 
 from casbackup.block.nbd.uri import MAX_SOCKET_PATH_BYTES, NbdAddress
-from casbackup.errors import TargetUnsuitable, UsageError
+from casbackup.errors import AddressUnusable, UsageError
 
 _BACKLOG = 16
 
@@ -20,7 +20,7 @@ def listen(address: NbdAddress) -> tuple[socket.socket, NbdAddress]:
     A unix socket can be connected to by its owner only. One that a server left behind is replaced.
 
     :raise UsageError: when the path of a unix socket is too long.
-    :raise TargetUnsuitable: when the address is in use, or cannot be used.
+    :raise AddressUnusable: when the address is in use, or cannot be used.
     """
     try:
         if address.socket_path is not None:
@@ -28,7 +28,7 @@ def listen(address: NbdAddress) -> tuple[socket.socket, NbdAddress]:
         listener = socket.create_server((address.host, address.port), family=_family(address.host), backlog=_BACKLOG)
         return listener, replace(address, port=listener.getsockname()[1])
     except OSError as error:
-        raise TargetUnsuitable(f"{address}: cannot listen there: {error.strerror or error}") from error
+        raise AddressUnusable(f"{address}: cannot listen there: {error.strerror or error}") from error
 
 
 def remove(address: NbdAddress) -> None:
@@ -54,10 +54,13 @@ def _listen_unix(path: str) -> socket.socket:
 
 
 def _remove_left_behind(path: str) -> None:
-    """Remove a socket that nobody listens on; anything else stays and makes ``bind`` fail."""
+    """Remove a socket that nobody listens on; one that is in use stays and makes ``bind`` fail.
+
+    :raise AddressUnusable: for anything else.
+    """
     with contextlib.suppress(OSError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return
+            raise AddressUnusable(f"{path} is there, and no socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             try:
                 probe.connect(path)

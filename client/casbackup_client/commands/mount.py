@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casbackup.errors import TargetUnsuitable, ToolMissing, UsageError
+from casbackup.errors import MountpointUnusable, ToolMissing, UsageError
 from casbackup_client.app import App
 from casbackup_client.caching import cache_option, parse_cache
 from casbackup_client.options import command, pass_app
@@ -73,15 +73,15 @@ def mount(app: App, places: tuple[str, ...], allow_other: bool, cache: str | Non
 
 
 def _require_mountable(folder: str) -> None:
-    """:raise ToolMissing: / :raise TargetUnsuitable: when it could not be mounted there anyway."""
+    """:raise ToolMissing: / :raise MountpointUnusable: when it could not be mounted there anyway."""
     if not os.access(_DEVICE, os.R_OK | os.W_OK):
         raise ToolMissing(f"{_DEVICE} is not there, or may not be used: mounting needs it")
     try:
         if os.listdir(folder):
-            raise TargetUnsuitable(f"{folder} is not empty")
+            raise MountpointUnusable(f"{folder} is not empty")
     except OSError as error:
         advice = f"; an earlier mount there was killed: umount {folder}" if error.errno == errno.ENOTCONN else ""
-        raise TargetUnsuitable(f"{folder}: {error.strerror}{advice}") from error
+        raise MountpointUnusable(f"{folder}: {error.strerror}{advice}") from error
 
 
 def _tree(app: App, peer: Peer, reference: str | None, stack: contextlib.ExitStack) -> Callable[[], Folder]:
