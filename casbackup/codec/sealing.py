@@ -75,5 +75,6 @@ def public_part(manifest: Manifest) -> Manifest:
         host="",
         archive=None,
         live=None,
+        copy_of=None,
         sealed=b"",
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from casbackup.errors import DataDamage
 from casbackup.ids import ZERO_ID, BlobId
 from casbackup.jobs.copying import Copier, Tally, Wanted, wanted_of
+from casbackup.jobs.same_key import require_same_key
 from casbackup.peer.api import Peer
 from casbackup.peer.local import LocalPeer
 from casbackup.progress import NoProgress, Progress
@@ -35,8 +36,10 @@ class HealReport:
 def heal(repository: Repository, partner: Peer, progress: Progress | None = None) -> HealReport:
     """Fetch what earlier checks found damaged and snapshots need. All that comes is verified before it is stored.
 
-    :raise RepositoryError: when the repository cannot be written to. :raise CasbackupError: when the partner fails.
+    :raise KeyMismatch: when the partner has not the same key. :raise RepositoryError: when the repository cannot be
+    written to. :raise CasbackupError: when the partner fails.
     """
+    require_same_key(repository.config, partner.config)
     report, progress = HealReport(), progress or NoProgress()
     damaged = damaged_ids(repository)
     snapshots = repository.catalog.survey()[0]

@@ -8,7 +8,8 @@ waits for what is sent, so what was new among it is counted when that is known.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from blake3 import blake3
 
@@ -17,20 +18,31 @@ from casbackup.chunking.block_sample import BlockSampleChunker, Span
 from casbackup.codec.codec import Codec
 from casbackup.ids import ZERO_ID, BlobId
 from casbackup.jobs.segments import Filled
-from casbackup.peer.api import PeerSession
 from casbackup.progress import Progress
 from casbackup.spec.config import RepositoryConfig
 from casbackup.spec.manifest import BackupStats, ConfigRecord
 from casbackup.spec.node import Extent, zero_extent
-from casbackup.spec.record import BlobKind
+from casbackup.spec.record import BlobKind, Record
 from casbackup.store.writer import StoredBytes
 from casbackup.tree.builder import leaf_bytes
+
+
+class Sending(Protocol):
+    """The part of ``PeerSession`` that this needs."""
+
+    def missing(self, ids: Sequence[BlobId]) -> set[BlobId]: ...
+
+    def missing_leaf(self, leaf: BlobId, chunks: Sequence[BlobId]) -> set[BlobId]: ...
+
+    def send_soon(self, records: Sequence[Record], then: Callable[[StoredBytes], None]) -> None: ...
+
+    def settle(self) -> None: ...
 
 
 class SegmentStore:
     """Safe from several threads. ``done_bytes``: bytes of disks that are accounted for."""
 
-    def __init__(self, session: PeerSession, config: RepositoryConfig, codec: Codec, progress: Progress) -> None:
+    def __init__(self, session: Sending, config: RepositoryConfig, codec: Codec, progress: Progress) -> None:
         self._session = session
         self._codec = codec
         self._ids = codec.ids

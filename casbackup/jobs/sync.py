@@ -4,6 +4,9 @@ A copy has the same manifest, byte for byte, and so the same id, which covers th
 same if their ids are the same. The session at the destination keeps what it asked about from a gc; a reading keeps a
 snapshot at the source until it is copied.
 
+Blobs and manifests go as they are stored. So both ends must have the same key, which nobody needs to have at hand
+(``rekey`` is for two keys).
+
 An interrupted sync leaves whole snapshots only. What was acknowledged is held by the parked session for a day, and not
 sent again: the next sync finds it when it asks.
 """
@@ -11,23 +14,24 @@ sent again: the next sync finds it when it asks.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from casbackup.errors import (
     CasbackupError,
-    ClosureViolation,
     DataDamage,
     ManifestDamaged,
     SnapshotConflict,
     SnapshotNotFound,
     UsageError,
 )
-from casbackup.ids import ZERO_ID, BlobId, SnapshotId
+from casbackup.ids import ZERO_ID, BlobId
 from casbackup.jobs.copying import Copier, Destination, Tally, Wanted, wanted_of
 from casbackup.jobs.ratelimit import NO_LIMIT, RateLimit
+from casbackup.jobs.same_key import require_same_key
 from casbackup.jobs.sync_plan import SnapshotFilter, SyncPlan, plan_sync
-from casbackup.jobs.sync_report import Outcome, SnapshotResult, SyncReport, proof_of
+from casbackup.jobs.sync_report import Outcome, SnapshotResult, SyncReport
+from casbackup.jobs.sync_run import SyncRun
 from casbackup.peer.api import Peer, PeerSession
 from casbackup.progress import NoProgress, Progress
 from casbackup.repository.catalog import Snapshot
@@ -35,8 +39,6 @@ from casbackup.spec.manifest import Sidecar
 from casbackup.spec.record import Record
 from casbackup.store.writer import NOTHING_STORED, StoredBytes
 
-_ATTEMPTS = 3
-"""A server that was restarted may have collected what it vouched for before: then all is asked anew."""
 _REMEMBERED = 2**20
 """Blobs that a dry run remembers to have counted, 110 MB; beyond them, some may be counted twice."""
 
@@ -63,23 +65,30 @@ def sync(
 ) -> SyncReport:
     """Copy what is meant and missing. A snapshot that cannot be copied is reported; the others are copied.
 
-    :raise UsageError: when a mirroring would remove everything, or too much because the source cannot be read.
+    :raise KeyMismatch: when the repositories do not have the same key. :raise UsageError: when a mirroring would
+        remove everything, or too much because the source cannot be read.
     :raise CasbackupError: when an end fails altogether. What was copied until then is there.
     """
+    require_same_key(source.config, destination.config)
     where = request.chosen.only_vm
     found, unreadable = source.survey(*where)
     there, _ = destination.survey(*where)
-    if request.mirror and unreadable:
-        raise UsageError(f"{len(unreadable)} manifests of the source cannot be read: it is not known what it still has")
+    require_readable(request, unreadable)
     plan = plan_sync(found, there, request.chosen, mirror=request.mirror)
     run = _Sync(source, destination, plan, limit, progress or NoProgress())
     if request.dry_run:
         run.estimate()
-        return run.report(unreadable, None)
+        return run.outcome.report(unreadable, None)
     run.copy()
-    changed = run.change()
+    changed = run.outcome.change()
     after = destination.survey(*where)[0] if changed else there
-    return run.report(unreadable, after)
+    return run.outcome.report(unreadable, after)
+
+
+def require_readable(request: SyncRequest, unreadable: Sequence[ManifestDamaged]) -> None:
+    """:raise UsageError: when manifests of the source cannot be read, and what it lacks is to be removed."""
+    if request.mirror and unreadable:
+        raise UsageError(f"{len(unreadable)} manifests of the source cannot be read: it is not known what it still has")
 
 
 class _Sync:
@@ -91,25 +100,12 @@ class _Sync:
         self._plan = plan
         self._limit = limit
         self._progress = progress
-        self._results: dict[SnapshotId, SnapshotResult] = {}
-        for snapshot, other in plan.blocked:
-            error = SnapshotConflict(f"the destination has another {snapshot.reference}, with the id {other.id[:16]}")
-            self._note(SnapshotResult(snapshot, Outcome.FAILED, error=error))
+        self.outcome = SyncRun(destination, plan)
 
     def copy(self) -> None:
         """Copy what the plan says."""
         self._progress.start("copying", self._plan.size_bytes)
-        for attempt in range(1, _ATTEMPTS + 1):
-            waiting = [snapshot for snapshot in self._plan.copy if snapshot.id not in self._results]
-            if not waiting:
-                break
-            try:
-                with _session_for(self._destination, waiting[0]) as session:
-                    self._run(waiting, session, session.adopt)
-                    session.finish()
-            except ClosureViolation:
-                if attempt == _ATTEMPTS:
-                    raise
+        self.outcome.copy(lambda waiting, session: self._run(waiting, session, session.adopt))
         self._progress.finish()
 
     def estimate(self) -> None:
@@ -125,36 +121,10 @@ class _Sync:
             session.abort()
         self._progress.finish()
 
-    def change(self) -> bool:
-        """Do what is not copying. Was anything changed at the destination, by this or by ``copy``?"""
-        for change in self._plan.changes:
-            self._destination.annotate(change.snapshot, pinned=change.pinned, labels=change.labels, notes=change.notes)
-        removed = self._removed
-        if removed:
-            self._destination.remove(removed)
-        return bool(self._plan.copy or self._plan.changes or removed)
-
-    def report(self, unreadable: Sequence[ManifestDamaged], after: Sequence[Snapshot] | None) -> SyncReport:
-        """``after``: what the destination has now; None after a dry run."""
-        selected = self._plan.selected
-        return SyncReport(
-            results=tuple(self._results.get(s.id, SnapshotResult(s, Outcome.PRESENT)) for s in selected),
-            changed=tuple(change.snapshot for change in self._plan.changes),
-            removed=self._removed,
-            spared=self._plan.spared,
-            unreadable=tuple(unreadable),
-            proof=None if after is None else proof_of(selected, after),
-        )
-
-    @property
-    def _removed(self) -> tuple[Snapshot, ...]:
-        has_failed = any(result.outcome is Outcome.FAILED for result in self._results.values())
-        return () if has_failed else self._plan.remove
-
     def _run(self, snapshots: Sequence[Snapshot], session: Destination, adopt: _Adopt | None) -> None:
         roots = dict.fromkeys(wanted.id for snapshot in snapshots for wanted in wanted_of(snapshot.manifest))
         missing = session.missing([root for root in roots if root != ZERO_ID])
-        goals = [_SnapshotGoal(self._source, snapshot, adopt, self._note) for snapshot in snapshots]
+        goals = [_SnapshotGoal(self._source, snapshot, adopt, self.outcome.note) for snapshot in snapshots]
         for goal in goals:
             self._progress.advance(done=goal.leave_out(missing))
         limit = NO_LIMIT if adopt is None else self._limit
@@ -163,9 +133,6 @@ class _Sync:
             for goal in goals:
                 releasing.callback(goal.release)
             copier.run(goals)
-
-    def _note(self, result: SnapshotResult) -> None:
-        self._results[result.snapshot.id] = result
 
 
 class _SnapshotGoal:
@@ -231,19 +198,6 @@ class _Counting:
 
     def send_soon(self, records: Sequence[Record], then: Callable[[StoredBytes], None]) -> None:
         then(NOTHING_STORED)
-
-
-@contextlib.contextmanager
-def _session_for(destination: Peer, snapshot: Snapshot) -> Iterator[PeerSession]:
-    """A session named after the first snapshot to be copied. After an error, what it stored is held for a day."""
-    session = destination.open_session(snapshot.manifest.namespace, snapshot.manifest.vm)
-    try:
-        yield session
-    except BaseException:
-        with contextlib.suppress(CasbackupError):
-            session.flush()
-        session.park()
-        raise
 
 
 def _as_one(losses: Sequence[DataDamage]) -> DataDamage | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -85,18 +85,31 @@ class SyncPlan:
         return sum(disk.size_bytes for snapshot in self.copy for disk in snapshot.manifest.disks)
 
 
+Origin = Callable[[Snapshot], SnapshotId]
+"""The id that a snapshot of the destination has at the source, if it is a copy."""
+
+
+def _same_id(snapshot: Snapshot) -> SnapshotId:
+    return snapshot.id
+
+
 def plan_sync(
-    source: Sequence[Snapshot], destination: Sequence[Snapshot], chosen: SnapshotFilter, *, mirror: bool
+    source: Sequence[Snapshot],
+    destination: Sequence[Snapshot],
+    chosen: SnapshotFilter,
+    *,
+    mirror: bool,
+    origin: Origin = _same_id,
 ) -> SyncPlan:
     """Compare two listings.
 
     :raise UsageError: when a mirror of nothing is asked for, which would remove everything.
     """
-    there = {snapshot.id: snapshot for snapshot in destination}
+    there = {origin(snapshot): snapshot for snapshot in destination}
     taken = {snapshot.key: snapshot for snapshot in destination}
     selected = chosen.select(source)
     absent = [snapshot for snapshot in selected if snapshot.id not in there]
-    surplus = _surplus(source, destination, chosen) if mirror else []
+    surplus = _surplus(source, there, chosen) if mirror else []
     return SyncPlan(
         selected=tuple(selected),
         copy=tuple(s for s in absent if s.key not in taken),
@@ -107,15 +120,17 @@ def plan_sync(
     )
 
 
-def _surplus(source: Sequence[Snapshot], destination: Sequence[Snapshot], chosen: SnapshotFilter) -> list[Snapshot]:
+def _surplus(
+    source: Sequence[Snapshot], there: Mapping[SnapshotId, Snapshot], chosen: SnapshotFilter
+) -> list[Snapshot]:
     """What is meant, is at the destination, and is not at the source any more. ``last`` plays no part in that."""
     if not any(chosen.covers(snapshot) for snapshot in source):
         raise UsageError("the source has no such snapshot: mirroring that would remove all of them at the destination")
     known = {snapshot.id for snapshot in source}
-    return [snapshot for snapshot in destination if snapshot.id not in known and chosen.covers(snapshot)]
+    return [snapshot for origin, snapshot in there.items() if origin not in known and chosen.covers(snapshot)]
 
 
-def _changes(selected: Sequence[Snapshot], there: dict[SnapshotId, Snapshot], *, unpin: bool) -> Iterable[Change]:
+def _changes(selected: Sequence[Snapshot], there: Mapping[SnapshotId, Snapshot], *, unpin: bool) -> Iterable[Change]:
     """Labels and notes follow the source. A pin is set, but only a mirroring takes one away: who pinned a copy at its
     place meant it.
     """

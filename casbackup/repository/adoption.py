@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from casbackup.errors import NodeInvalid, SnapshotConflict
+from casbackup.errors import KeyMismatch, NodeInvalid, SnapshotConflict
 from casbackup.fs import translated, write_durably
 from casbackup.ids import ZERO_ID
 from casbackup.repository.catalog import Snapshot, read_copy, store_copy
@@ -31,6 +31,16 @@ def clear_the_way(repository: Repository, key: SnapshotKey, manifest: bytes) -> 
         copy = read_copy(txn, repository.index, key)
     if copy not in (None, manifest) and not repository.fs.exists(repository.layout.manifest(key)):
         repository.catalog.finish_removals()
+
+
+def check_form(repository: Repository, manifest: Manifest) -> None:
+    """Is it sealed if manifests are sealed here, and only then?
+
+    :raise KeyMismatch: when not.
+    """
+    if bool(manifest.sealed) != repository.config.encrypted:
+        here = f"is encrypted with key {repository.config.key_fingerprint}" if manifest.sealed == b"" else "is not"
+        raise KeyMismatch(f"the snapshot {'is' if manifest.sealed else 'is not'} encrypted, this repository {here}")
 
 
 def check_roots(repository: Repository, manifest: Manifest) -> None:

@@ -328,11 +328,13 @@ class Session:
         1. blobs durable and indexed; 2. sidecar written; 3. manifest written, synced, renamed into place: the commit
         point; 4. index's copy put.
 
-        :raise ManifestDamaged: when the bytes are no manifest. :raise ClosureViolation: when something that it needs
-        is not stored. :raise NodeInvalid: when a root is not that of a disk of its size.
+        :raise ManifestDamaged: when the bytes are no manifest. :raise KeyMismatch: when it is sealed, and manifests
+        here are not, or the reverse. :raise ClosureViolation: when something that it needs is not stored.
+        :raise NodeInvalid: when a root is not that of a disk of its size.
         :raise SnapshotConflict: when the VM has another snapshot of that time.
         """
         decoded, snapshot_id = decode_manifest(manifest, "to be copied")
+        adoption.check_form(self._repository, decoded)
         snapshot = Snapshot(snapshot_id, decoded, sidecar)
         with self._commit_lock:
             self._require_attached()

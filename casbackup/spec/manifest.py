@@ -108,6 +108,7 @@ class LiveOrigin:
     ``frozen``: the guest's file systems were frozen at the instant; ``note``: why not. ``bitmap``: in the name of the
     dirty bitmaps in QEMU that record what was written since; empty: there are none. ``increments``: the disks of which
     only what a bitmap had recorded was read. ``mode_note``: why QEMU pushed the data, if that was left open.
+    ``vmstate``: how the VM's memory was saved; empty: it was not. ``pause_ms``: how long the guest stood still for that.
     """
 
     mode: str
@@ -117,6 +118,8 @@ class LiveOrigin:
     bitmap: str = ""
     increments: tuple[DiskName, ...] = ()
     mode_note: str = ""
+    vmstate: str = ""
+    pause_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +155,8 @@ class Manifest:
     """Of a snapshot that was imported."""
     live: LiveOrigin | None = None
     """Of a snapshot of a running VM."""
+    copy_of: SnapshotId | None = None
+    """Of a copy that was encrypted anew: the snapshot of the other repository."""
     sealed: bytes = b""
     """In an encrypted repository: all of the manifest, which shows but a part of itself otherwise."""
 
@@ -242,6 +247,8 @@ def _to_map(manifest: Manifest) -> dict[str, Any]:
         body["archive"] = _archive_map(manifest.archive)
     if manifest.live is not None:
         body["live"] = _live_map(manifest.live)
+    if manifest.copy_of is not None:
+        body["copy_of"] = manifest.copy_of
     if manifest.sealed:
         body["sealed"] = manifest.sealed
     return body
@@ -269,6 +276,8 @@ def _live_map(live: LiveOrigin) -> dict[str, Any]:
     }
     if live.mode_note:
         body["mode_note"] = live.mode_note
+    if live.vmstate:
+        body |= {"vmstate": live.vmstate, "pause_ms": live.pause_ms}
     return body
 
 
@@ -289,6 +298,7 @@ def _from_map(body: Mapping[str, Any]) -> Manifest:
         stats=BackupStats(**{name: _typed(stats.get(name, 0), int) for name in BackupStats.__slots__}),
         archive=_archive(_typed(body["archive"], dict)) if "archive" in body else None,
         live=_live(_typed(body["live"], dict)) if "live" in body else None,
+        copy_of=SnapshotId(_typed(body["copy_of"], str)) if "copy_of" in body else None,
         sealed=_typed(body.get("sealed", b""), bytes),
     )
     origin = manifest.archive
@@ -317,6 +327,8 @@ def _live(body: Mapping[str, Any]) -> LiveOrigin:
         bitmap=_typed(body["bitmap"], str),
         increments=tuple(parse_disk(_typed(name, str)) for name in body["increments"]),
         mode_note=_typed(body.get("mode_note", ""), str),
+        vmstate=_typed(body.get("vmstate", ""), str),
+        pause_ms=_typed(body.get("pause_ms", 0), int),
     )
 
 

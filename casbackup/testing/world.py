@@ -26,6 +26,7 @@ from casbackup.jobs.backup import BackupRequest, DiskInput, backup
 from casbackup.jobs.restore import RestoreOptions, read_config, restore_disk
 from casbackup.jobs.segments import DeviceSegments
 from casbackup.limits import BLOCK_BYTES
+from casbackup.peer.api import Peer
 from casbackup.peer.local import LocalPeer
 from casbackup.repository.accounting import account
 from casbackup.repository.catalog import Snapshot
@@ -251,7 +252,11 @@ def request(content: Content, vm: VmName = VM, **fields: Any) -> BackupRequest:
 
 def contents(repository: Repository, snapshot: Snapshot) -> Content:
     """Restore everything of a snapshot."""
-    peer = LocalPeer(repository)
+    return restored(LocalPeer(repository), snapshot)
+
+
+def restored(peer: Peer, snapshot: Snapshot) -> Content:
+    """Restore everything of a snapshot of any peer."""
     found: dict[str, bytes] = {}
     for disk in snapshot.manifest.disks:
         target = MemoryDevice(disk.size_bytes)

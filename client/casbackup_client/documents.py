@@ -98,6 +98,10 @@ class LiveOriginDocument(TypedDict):
     """In the names of the dirty bitmaps that record what was written since; empty: there are none."""
     increments: list[str]
     """Disks of which only what such a bitmap had recorded was read."""
+    vmstate: str
+    """How the VM's memory was saved, ``background`` or ``paused``; empty: it was not."""
+    pause_ms: int
+    """How long the guest stood still for that."""
 
 
 class SnapshotDocument(TypedDict):
@@ -622,6 +626,19 @@ class SyncedSnapshotDocument(TypedDict):
     error: SyncErrorDocument | None
 
 
+class RekeyDocument(TypedDict):
+    """What ``sync --rekey`` cost. Keys are null for an end that is not encrypted."""
+
+    source_key: str | None
+    destination_key: str | None
+    expected_read_bytes: int | None
+    """Different content that has no copy yet, about; null if the source does not tell."""
+    expected_sent_bytes: int | None
+    """What that takes at the source."""
+    read_bytes: int
+    """Content that was read and encrypted anew."""
+
+
 class SyncDocument(TypedDict):
     """Printed by ``sync``."""
 
@@ -644,6 +661,8 @@ class SyncDocument(TypedDict):
     destination_digest: str | None
     equal: bool | None
     """The digests are the same: the destination has all that was meant, and it is the same."""
+    rekey: RekeyDocument | None
+    """Only with ``--rekey``: then copies have other ids, and there are no digests."""
     duration_ms: int
 
 

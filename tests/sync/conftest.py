@@ -9,19 +9,21 @@ from pathlib import Path
 import pytest
 
 from casbackup.clock import Clock
+from casbackup.codec.master_key import MasterKey
 from casbackup.ids import DEFAULT_NAMESPACE, Namespace, VmName
 from casbackup.jobs.backup import BackupRequest, backup
 from casbackup.jobs.sync import SyncRequest, sync
 from casbackup.jobs.sync_plan import SnapshotFilter
 from casbackup.jobs.sync_report import SyncReport
 from casbackup.peer.local import LocalPeer
+from casbackup.peer.sealed import SealedPeer
 from casbackup.repository.catalog import Snapshot
 from casbackup.repository.check import CheckOptions, check
 from casbackup.repository.gc import execute_gc, plan_gc
 from casbackup.repository.repository import Repository
 from casbackup.spec.config import ChunkerConfig
 from casbackup.testing.clock import FakeClock
-from casbackup.testing.world import VM, contents, disk_bytes, request
+from casbackup.testing.world import VM, contents, disk_bytes, request, restored
 
 
 @dataclass
@@ -58,6 +60,30 @@ class Site:
     def content(self, snapshot_id: str) -> Mapping[str, bytes]:
         (snapshot,) = [s for s in self.repository.catalog.all() if s.id == snapshot_id]
         return contents(self.repository, snapshot)
+
+
+@dataclass
+class SealedSite(Site):
+    """An encrypted repository, and somebody who has its key. Without it, it is a ``Site`` as any other."""
+
+    key: MasterKey
+
+    @property
+    def opened(self) -> SealedPeer:
+        return SealedPeer(self.peer, self.key)
+
+    def backup(self, content: Mapping[str, bytes], vm: VmName = VM, **fields: object) -> Snapshot:
+        self.clock.pass_time(60)
+        return backup(self.opened, request(content, vm, **fields), clock=self.clock)
+
+    def restored(self, snapshot_id: str) -> Mapping[str, bytes]:
+        (snapshot,) = [s for s in self.opened.snapshots() if s.id == snapshot_id]
+        return restored(self.opened, snapshot)
+
+
+def sealed_site(folder: Path, key: MasterKey, clock: Clock | None = None) -> SealedSite:
+    made = site(folder, clock, key_fingerprint=key.fingerprint)
+    return SealedSite(made.repository, made.clock, key)
 
 
 @dataclass

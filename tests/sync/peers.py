@@ -11,6 +11,7 @@ from casbackup.codec.codec import Codec
 from casbackup.errors import ServerUnreachable
 from casbackup.ids import BlobId, Namespace, SessionId, VmName
 from casbackup.peer.api import Peer, PeerSession
+from casbackup.peer.usage import UsageReport
 from casbackup.repository.catalog import Snapshot
 from casbackup.spec.config import RepositoryConfig
 from casbackup.spec.manifest import Sidecar
@@ -91,6 +92,9 @@ class WatchedPeer:
         with self._peer.reading(snapshot):
             yield
         self._asked("reading")
+
+    def usage(self, groups: Sequence[Sequence[Snapshot]]) -> UsageReport:
+        return self._peer.usage(groups)
 
     def annotate(self, snapshot: Snapshot, **changes: Any) -> Snapshot:
         self._asked("annotate")
