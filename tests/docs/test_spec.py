@@ -7,11 +7,13 @@ A table that is compared stands below ``<!-- layout: NAME -->``, an example belo
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from struct import Struct
 from typing import NamedTuple
+from unittest.mock import patch
 
 import msgpack
 import pytest
@@ -19,13 +21,16 @@ from blake3 import blake3
 
 from casbackup import limits
 from casbackup.chunking import block_sample
-from casbackup.codec import codec, hashing
+from casbackup.codec import codec, crypto, hashing
+from casbackup.codec.master_key import MasterKey
 from casbackup.formats.port import ArchiveDisk, ArchiveHead
 from casbackup.formats.qcow2 import layout as qcow2
 from casbackup.formats.stream.writer import StreamWriter
 from casbackup.formats.vmdk import layout as vmdk
 from casbackup.ids import ZERO_ID, DiskName, Namespace, PackId, SessionId, VmName
-from casbackup.spec import archiver, indexdb, magic, manifest, node, outline, pack, record, vma, wire
+from casbackup.keys.text import ALPHABET, code_text, format_key
+from casbackup.keys.wrapping import wrap_by_passphrase
+from casbackup.spec import archiver, indexdb, keyfile, magic, manifest, node, outline, pack, record, vma, wire
 from casbackup.spec.config import ChunkerConfig, RepositoryConfig, encode_config
 from casbackup.store.packfile import encode_footer, encode_header
 from casbackup.testing.archives import MemoryTarget
@@ -255,6 +260,46 @@ def stream_example() -> list[Part]:
     return split(bytes(target.data), *parts, ("data", frame), ("its bytes", 8), ("end", frame))
 
 
+MASTER = MasterKey(bytes(range(32)))
+DERIVED = ("blob ids", "blob seal", "chunk boundaries", "manifest seal", "notes seal")
+
+
+def derived_example() -> str:
+    lines = [f"{'fingerprint':<18}{MASTER.fingerprint}"]
+    return "\n".join([*lines, *(f"{n:<18}{MASTER.derived(f'casbackup 2026-11-24 {n}').hex()}" for n in DERIVED)])
+
+
+def keyed_ids_example() -> str:
+    ids = codec.keyed_codec(MASTER).ids
+    return "\n".join(f"{f'as {kind.name.lower()}':<12}{ids.id(kind, PLAIN).hex()}" for kind in record.BlobKind)
+
+
+def sealed_example() -> list[Part]:
+    with patch("os.urandom", lambda length: bytes(range(length))):
+        sealed = codec.keyed_codec(MASTER).encode_blob(record.BlobKind.CHUNK, b"a" * 10_000, 2)
+    ciphertext = len(sealed.payload) - crypto.SEAL_BYTES
+    parts = [("magic", 4), ("kind, flags, reserved", 4), ("stored length", 4), ("plain length", 4), ("id", 32)]
+    return split(
+        sealed.header + bytes(sealed.payload),
+        *parts,
+        ("checksum", 16),
+        ("nonce", crypto.NONCE_BYTES),
+        ("ciphertext", ciphertext),
+        ("tag", crypto.TAG_BYTES),
+    )
+
+
+def key_file_example() -> str:
+    """Wrapped by a passphrase that is cheap to try."""
+    with patch("os.urandom", lambda length: bytes(range(length))):
+        wrapping = wrap_by_passphrase(MASTER, PASSPHRASE, KEY_COST)
+    file = keyfile.KeyFile(MASTER.fingerprint, "2026-11-24T12:00:00.000Z", "of the example", (wrapping,))
+    return keyfile.encode_key_file(file).decode().strip()
+
+
+PASSPHRASE = b"correct horse"
+KEY_COST = crypto.Argon2Cost(1, 64, 1)
+
 EXAMPLES: dict[str, Callable[[], str]] = {
     "archiver stream": lambda: hexdump(stream_example()),
     "ids": names_example,
@@ -268,6 +313,13 @@ EXAMPLES: dict[str, Callable[[], str]] = {
     "blob entry": lambda: hexdump(entry_example()),
     "leaf outline": lambda: hexdump(outline_example()),
     "sample offsets": samples_example,
+    "derived keys": derived_example,
+    "key code": lambda: code_text(MASTER),
+    "key file": key_file_example,
+    "key text": lambda: format_key(MASTER).strip(),
+    "passphrase key": lambda: crypto.passphrase_key(PASSPHRASE, bytes(range(16)), KEY_COST).hex(),
+    "keyed ids": keyed_ids_example,
+    "sealed record": lambda: hexdump(sealed_example()),
     "cut table": cut_table_example,
 }
 
@@ -305,6 +357,14 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "tree.md", f"{limits.MAX_LEVEL} levels of inner nodes"
     yield "manifest.md", f"{limits.MAX_MANIFEST_BYTES // MiB} MiB"
     yield "manifest.md", f"snapshot id  {manifest.encode_manifest(MANIFEST)[1]}"
+    yield "key-file.md", f"1 to {limits.MAX_KEY_WRAPPINGS} objects"
+    yield "key-file.md", f"at most {limits.MAX_KEY_FILE_BYTES:,} bytes"
+    yield "key-file.md", f"| 1 to {limits.MAX_ARGON2_ITERATIONS} |"
+    yield "key-file.md", f"`lanes` to {limits.MAX_ARGON2_MEMORY_KIB:,} |"
+    yield "key-file.md", f"1 to {limits.MAX_PASSPHRASE_BYTES:,} of them"
+    yield "key-file.md", f"at most {limits.MAX_KEY_COMMENT_CHARACTERS} characters"
+    yield "key-file.md", "{} iterations, {:,} KiB and {} lanes".format(*crypto.Argon2Cost())
+    yield "key-file.md", f"`{ALPHABET}`"
     yield "vma.md", f"{vma.FIXED_BYTES:,} bytes and the blobs"
     yield "vma.md", f"{vma.WRITTEN_SLOTS} slots of an extent at the most"
     yield "vma.md", f"From offset {vma.EXTENT.size} on, {vma.SLOTS} slots"
@@ -323,6 +383,18 @@ def test_config_keys_are_documented() -> None:
     text = (PAGES / "config.md").read_text(encoding="utf-8")
     for name in (*RepositoryConfig.__slots__, *(f"chunker.{name}" for name in ChunkerConfig.__slots__)):
         assert f"| `{name}` |" in text
+
+
+def test_fields_of_key_files_are_documented() -> None:
+    text = (PAGES / "key-file.md").read_text(encoding="utf-8")
+    wrappings = (
+        wrap_by_passphrase(MASTER, PASSPHRASE, KEY_COST),
+        keyfile.AgeWrapping("age1", "file"),
+        keyfile.PlainWrapping("text"),
+    )
+    content = json.loads(keyfile.encode_key_file(keyfile.KeyFile(MASTER.fingerprint, "", "", wrappings)))
+    for name in (*content, *(name for wrapping in content["wrappings"] for name in wrapping)):
+        assert f"| `{name}` |" in text, name
 
 
 def test_manifest_keys_are_documented() -> None:
