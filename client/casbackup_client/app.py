@@ -71,6 +71,18 @@ def is_address(repository: str) -> bool:
     return repository.startswith(("http://", "https://"))
 
 
+def place_of(repository: str) -> str:
+    """The one name of the place where it is: a real path, or an address in full.
+
+    :raise UsageError: when it is no address.
+    """
+    if not is_address(repository):
+        return os.path.realpath(repository)
+    from casbackup.peer.http.address import parse_address
+
+    return str(parse_address(repository))
+
+
 class App:
     """One run of the command. The attributes are set by the global options, wherever they stand."""
 
@@ -174,12 +186,9 @@ class App:
     @cached_property
     def keys(self) -> Keys:
         """The user's keys, with what the profile in use says of them."""
-        return self.keys_of(self._profile)
-
-    def keys_of(self, profile: Profile | None) -> Keys:
         from casbackup_client.keys import Keys
 
-        return Keys(self.environment, profile, self.identity_option)
+        return Keys(self.environment, self._profile, self.identity_option)
 
     @contextlib.contextmanager
     def server(self) -> Iterator[RestClient]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from casbackup.errors import UsageError
-from casbackup_client.app import App, KeyUse, is_address
+from casbackup_client.app import App, KeyUse, is_address, place_of
 from casbackup_client.config_file import Profile
 from casbackup_client.signals import LEAVING_S, told_of_signals
 
@@ -16,7 +15,13 @@ if TYPE_CHECKING:
     from casbackup.peer.api import Peer, StoredPeer
 
 _PROFILE = "profile:"
-_OF_TOKENS = "CASBACKUP_TOKEN"
+_TOKEN = ("CASBACKUP_TOKEN", "CASBACKUP_TOKEN_FILE", "CASBACKUP_TOKEN_COMMAND")
+_PASSPHRASE = (
+    "CASBACKUP_PASSPHRASE",
+    "CASBACKUP_PASSPHRASE_FD",
+    "CASBACKUP_PASSPHRASE_FILE",
+    "CASBACKUP_PASSPHRASE_COMMAND",
+)
 
 
 class End(NamedTuple):
@@ -44,9 +49,10 @@ def opened(app: App, end: End, use: KeyUse = KeyUse.NONE) -> Iterator[Peer]:
         if use is KeyUse.NONE:
             yield stored
             return
-        from casbackup_client.keys import unlocked
+        from casbackup_client.keys import Keys, unlocked
 
-        yield unlocked(stored, end.place, app.keys_of(end.profile), use, app.output.complain)
+        keys = Keys(_environment(app, end.profile), end.profile, app.identity_option)
+        yield unlocked(stored, end.place, keys, use, app.output.complain)
 
 
 @contextlib.contextmanager
@@ -81,15 +87,17 @@ def _found(app: App, text: str) -> End:
         if profile is None or not profile.repository:
             raise UsageError(f"profile {name!r} names no repository")
         text = profile.repository
-    if not is_address(text):
-        return End(os.path.realpath(text), profile)
-    from casbackup.peer.http.address import parse_address
-
-    return End(str(parse_address(text)), profile)
+    return End(place_of(text), profile)
 
 
 def _environment(app: App, profile: Profile | None) -> Mapping[str, str]:
-    """A profile's own token counts before the one in the environment, which may be the other end's."""
-    if profile is None or not (profile.token or profile.token_file or profile.token_command):
+    """What a profile has of its own counts before what is in the environment, which may be the other end's."""
+    if profile is None:
         return app.environment
-    return {name: value for name, value in app.environment.items() if not name.startswith(_OF_TOKENS)}
+    hidden = {
+        *(_TOKEN if profile.token or profile.token_file or profile.token_command else ()),
+        *(_PASSPHRASE if profile.passphrase_file or profile.passphrase_command else ()),
+        *(("CASBACKUP_KEY",) if profile.key else ()),
+        *(("CASBACKUP_AGE_IDENTITY",) if profile.identity else ()),
+    }
+    return {name: value for name, value in app.environment.items() if name not in hidden}

@@ -18,7 +18,7 @@ from casbackup.keys.memory import keep_out_of_dumps
 from casbackup.keys.ring import KeyRing
 from casbackup.keys.wrapping import unwrap
 from casbackup.spec.config import RepositoryConfig
-from casbackup_client.app import KeyUse, is_address
+from casbackup_client.app import KeyUse, place_of
 from casbackup_client.passphrases import NEW_VARIABLE, VARIABLE, Configured, Passphrases
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ def unlocked(stored: StoredPeer, place: str, keys: Keys, use: KeyUse, warn: Call
 
     keys.check(stored.config)
     seen = SeenFolder(_seen_folder())
-    _require_same_key(seen, place_of(place), stored.config)
+    if keys.wanted is None:
+        _require_same_key(seen, place_of(place), stored.config)
     if not stored.config.encrypted:
         return stored
     try:
@@ -163,15 +164,6 @@ def note_new(place: str, fingerprint: str) -> None:
     from casbackup.peer.seen import SeenFolder
 
     SeenFolder(_seen_folder()).note_key_at(place_of(place), fingerprint or None)
-
-
-def place_of(repository: str) -> str:
-    """The one name of a place."""
-    if not is_address(repository):
-        return os.path.realpath(repository)
-    from casbackup.peer.http.address import parse_address
-
-    return str(parse_address(repository))
 
 
 def _require_same_key(seen: SeenFolder, place: str, config: RepositoryConfig) -> None:

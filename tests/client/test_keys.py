@@ -652,3 +652,50 @@ def test_no_core_dumps_once_there_is_a_key(
             err = process.communicate(timeout=60)[1].decode()
             assert process.returncode == 0, err
         assert (place / "out" / "scsi0.raw").read_bytes() == (place / "vm.raw").read_bytes()
+
+
+def test_another_repository_in_its_place_is_noticed(enc: Casbackup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user says that its key is the right one."""
+    before = json_fingerprint(enc)
+    enc.repository.rename(enc.folder / "moved")
+    other = enc.json("init", "-r", enc.folder / "other", "--encrypted", "--no-passphrase")["repository"]["key"]
+    (enc.folder / "other").rename(enc.repository)
+    error = enc.fails(12, "backup", "vm/100", f"scsi0={enc.disk()}")
+    assert error["code"] == "key-mismatch" and before in error["message"]
+    monkeypatch.setenv("CASBACKUP_KEY", other)
+    enc.ok("backup", "vm/100", f"scsi0={enc.disk()}", "-q")
+    monkeypatch.delenv("CASBACKUP_KEY")
+    enc.ok("backup", "vm/100", f"scsi0={enc.disk()}", "-q")
+
+
+@pytest.mark.parametrize("chosen", ["profile", "environment"])
+def test_each_end_has_its_own_passphrase_and_key(bare: Casbackup, monkeypatch: pytest.MonkeyPatch, chosen: str) -> None:
+    """What a profile says counts before the environment, which is for the other end."""
+    from casbackup_client.app import App, KeyUse
+    from casbackup_client.ends import find_ends, opened
+
+    fingerprints = []
+    for name in ("environment", "profile"):
+        monkeypatch.setenv("CASBACKUP_PASSPHRASE", f"of {name}")
+        document = bare.json("init", "-r", bare.folder / name, "--encrypted")
+        fingerprints.append(document["repository"]["key"])
+        (bare.folder / f"{name}.txt").write_text(f"of {name}\n")
+    monkeypatch.setenv("CASBACKUP_PASSPHRASE", "of environment")
+    monkeypatch.setenv("CASBACKUP_KEY", fingerprints[0])
+    config = bare.folder / "config.toml"
+    config.write_text(
+        f'[profiles.x]\nrepository = "profile"\nkey = "{fingerprints[1]}"\npassphrase-file = "profile.txt"\n'
+    )
+    monkeypatch.setenv("CASBACKUP_CONFIG", str(config))
+    app = App()
+    ends = find_ends(app, str(bare.folder / "environment"), "profile:x")
+    with opened(app, ends[chosen == "profile"], KeyUse.NEEDED) as peer:
+        assert peer.config.key_fingerprint == fingerprints[chosen == "profile"]
+
+
+def test_completion_of_keys(enc: Casbackup) -> None:
+    from casbackup_client.app import App
+    from casbackup_client.completion import fingerprints
+
+    assert fingerprints(App(), json_fingerprint(enc)[:2]) == [json_fingerprint(enc)]
+    assert fingerprints(App(), "x") == []
