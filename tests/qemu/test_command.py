@@ -122,9 +122,9 @@ def test_jobs_can_be_steered_from_another_terminal(daemon: Daemon, casbackup: Co
 
 @pytest.mark.parametrize("how", ["cancel", "SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_ending_a_backup_leaves_neither_snapshot_nor_anything_in_qemu(
-    guest: BootGuest, casbackup: Command, how: str
+    running: BootGuest, casbackup: Command, how: str
 ) -> None:
-    backup = casbackup.start("backup", "vm/100", "--qmp", guest.qmp_path, "--speed", "2MiB")
+    backup = casbackup.start("backup", "vm/100", "--qmp", running.qmp_path, "--speed", "2MiB", "--mode", running.mode)
     job = casbackup.wait_for_job()
     if how == "cancel":
         casbackup.json("job", "cancel", job["id"])
@@ -132,11 +132,26 @@ def test_ending_a_backup_leaves_neither_snapshot_nor_anything_in_qemu(
         backup.send_signal(getattr(signal, how))
     _, err = backup.communicate(timeout=60)
     assert backup.returncode == 130, err.decode()
-    with guest.qmp() as qmp:
+    with running.qmp() as qmp:
         assert_clean(qmp)
     assert casbackup.json("snapshots")["snapshots"] == []
-    guest.wait_written(guest.written() + 64)
-    assert guest.errors == 0
+    running.wait_written(running.written() + 64)
+    assert running.errors == 0
+
+
+def test_pulling(newer_guest: BootGuest, casbackup: Command, tmp_path: Path) -> None:
+    """Chosen without being asked for; twice, the second time an increment."""
+    for increments in ([], ["virtio-a", "virtio-b"]):
+        snapshot = casbackup.json("backup", "vm/100", "--qmp", newer_guest.qmp_path)["snapshot"]
+        live = snapshot["live"]
+        assert (live["mode"], live["mode_note"], live["increments"]) == ("pull", "", increments)
+        casbackup.json("restore", "vm/100", "--to", tmp_path / f"out{len(increments)}")
+        disks = [(tmp_path / f"out{len(increments)}" / f"virtio-{name}.raw").read_bytes() for name in ("a", "b")]
+        assert assert_prefix(*disks) > 0
+    assert "(pull)" in casbackup.start("show", "vm/100").communicate()[0].decode()
+    with newer_guest.qmp() as qmp:
+        assert_clean(qmp, bitmaps=1)
+    assert newer_guest.errors == 0
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from casbackup.qemu.control import LiveControl
 from casbackup.qemu.disks import Selection
 from casbackup.qemu.machine import Machine
 from casbackup.qemu.sink_host import SinkHost
-from casbackup.qemu.source import DiskTask, FreezePolicy, LiveOptions
+from casbackup.qemu.source import DiskTask, FreezePolicy, LiveOptions, Mode
 
 from .conftest import BootGuest, Daemon, Gathering, Process, Vm, assert_clean
 
@@ -330,3 +330,23 @@ def test_the_backup_is_killed_and_its_sink_cleans_up(
     while list(place.glob("casbackup-*")):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_both_are_killed_and_the_next_run_cleans_up(
+    newer_guest: BootGuest, backup_process: Callable[..., Any], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pull mode QEMU itself lets the guest's writes pass then."""
+    monkeypatch.setenv("TMPDIR", str(place))
+    process = backup_process(newer_guest)
+    assert process.stdout.readline() == "data\n"
+    (sink,) = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+    for pid in (sink, process.pid):
+        os.kill(pid, signal.SIGKILL)
+    assert_guest_goes_on(newer_guest)
+    with newer_guest.qmp() as qmp:
+        with pytest.raises(AssertionError):
+            assert_clean(qmp)
+        machine = Machine(qmp, Selection(), LiveOptions(), Mode.PULL)
+        assert [disk.node for disk in machine.disks] == ["disk-a", "disk-b"]
+        assert_clean(qmp, bitmaps=1)
+    assert_guest_goes_on(newer_guest)

@@ -117,7 +117,9 @@ def _live(snapshot: Snapshot) -> list[tuple[str, str]]:
     if live is None:
         return []
     frozen = "file systems frozen" if live.frozen else f"file systems not frozen: {live.note}"
-    return [("taken", f"while the VM ran, QEMU {live.qemu}, {frozen}")]
+    state = f"with its memory ({live.vmstate}), for which it stood still for {live.pause_ms} ms"
+    taken = f"while the VM ran, QEMU {live.qemu} ({live.mode}), {state if live.vmstate else frozen}"
+    return [("taken", taken), *([("not pulled", live.mode_note)] if live.mode_note else [])]
 
 
 def _stats(snapshot: Snapshot) -> list[tuple[str, str]]:
