@@ -10,23 +10,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from casbackup.codec.master_key import MasterKey
 from casbackup.errors import EncryptionError, KeyMismatch, KeyMissing, PassphraseNeeded, UsageError
-from casbackup.keys.memory import keep_out_of_dumps
-from casbackup.keys.ring import KeyRing
-from casbackup.keys.wrapping import unwrap
-from casbackup.spec.config import RepositoryConfig
 from casbackup_client.app import KeyUse, place_of
 from casbackup_client.passphrases import NEW_VARIABLE, VARIABLE, Configured, Passphrases
 
 if TYPE_CHECKING:
+    from casbackup.codec.master_key import MasterKey
+    from casbackup.keys.ring import KeyRing
     from casbackup.peer.api import Peer, StoredPeer
     from casbackup.peer.seen import SeenFolder
+    from casbackup.spec.config import RepositoryConfig
     from casbackup.spec.keyfile import KeyFile
     from casbackup_client.config_file import Profile
-
 
 COPY = "the repository's copy of its key"
 
@@ -37,11 +35,17 @@ class Keys:
     def __init__(
         self, environment: Mapping[str, str], profile: Profile | None = None, identity_path: str | None = None
     ) -> None:
-        self.ring = KeyRing(environment.get("CASBACKUP_KEY_FOLDER") or default_folder())
         self.passphrases = Passphrases(environment, VARIABLE, _configured(profile))
         self.new_passphrases = Passphrases(environment, NEW_VARIABLE)
         self._identity_path = identity_path or environment.get("CASBACKUP_AGE_IDENTITY") or _of(profile, "identity")
+        self._folder = environment.get("CASBACKUP_KEY_FOLDER")
         self._wanted = environment.get("CASBACKUP_KEY") or _of(profile, "key")
+
+    @cached_property
+    def ring(self) -> KeyRing:
+        from casbackup.keys.ring import KeyRing
+
+        return KeyRing(self._folder or default_folder())
 
     @property
     def wanted(self) -> str | None:
@@ -81,6 +85,9 @@ class Keys:
 
         :raise PassphraseNeeded, PassphraseWrong, KeyFileDamaged: as ``unwrap`` does.
         """
+        from casbackup.keys.memory import keep_out_of_dumps
+        from casbackup.keys.wrapping import unwrap
+
         keep_out_of_dumps()
         return unwrap(
             key_file,
@@ -184,9 +191,9 @@ def default_folder() -> str:
 
 
 def _seen_folder() -> str:
-    import platformdirs
-
-    return os.path.join(platformdirs.user_state_dir("casbackup", appauthor=False), "seen")
+    """Where platformdirs has it; commands on plain repositories look there, too, and need not wait for that."""
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return os.path.join(state, "casbackup", "seen")
 
 
 def full_fingerprint(ring: KeyRing, text: str) -> str:

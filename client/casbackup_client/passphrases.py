@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
-import subprocess
 import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -117,6 +115,9 @@ def _of_file(path: str) -> bytes:
 
 def _of_command(command: str) -> bytes:
     """The first line that it prints; standard error is the user's."""
+    import shlex
+    import subprocess
+
     try:
         done = subprocess.run(shlex.split(command), stdout=subprocess.PIPE, timeout=_COMMAND_S, check=True)
     except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
