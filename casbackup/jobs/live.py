@@ -17,10 +17,10 @@ from casbackup.formats.coverage import Coverage
 from casbackup.ids import BlobId, DiskName, Namespace, SessionId, VmName
 from casbackup.jobs.assembler import Assembler
 from casbackup.jobs.backup import check_annotations, check_configs, parked_on_error
-from casbackup.jobs.increment_sink import IncrementSink
 from casbackup.jobs.segment_store import SegmentStore
 from casbackup.jobs.spot_check import SpotCheck
-from casbackup.limits import SEGMENT_BYTES
+from casbackup.jobs.state_sink import StateSink
+from casbackup.limits import MAX_DISK_BYTES, SEGMENT_BYTES
 from casbackup.peer.api import Peer, PeerSession
 from casbackup.peer.disk import BlobCache
 from casbackup.progress import NoProgress, Progress
@@ -29,10 +29,11 @@ from casbackup.qemu.bitmaps import BasedOn, Tracking
 from casbackup.qemu.control import LiveControl
 from casbackup.qemu.disks import LiveDisk
 from casbackup.qemu.machine import Machine
+from casbackup.qemu.ram_stream import STREAM_MAGIC
 from casbackup.qemu.reading import readable
 from casbackup.qemu.source import DiskTask, Instant, LiveSource, Report
 from casbackup.repository.catalog import Snapshot
-from casbackup.spec.manifest import DiskRecord, LiveOrigin, Manifest
+from casbackup.spec.manifest import VMSTATE, DiskRecord, LiveOrigin, Manifest
 from casbackup.tree.builder import TreeBuilder
 from casbackup.tree.edit import TreeEditor
 from casbackup.tree.reader import DiskTree
@@ -212,20 +213,24 @@ class _LiveBackup:
         leaves = [self._leaves(plan) for plan in plans]
         bases = [self._tree(plan.base) for plan in plans]
         sizes = [plan.disk.size_bytes for plan in plans]
-        sink = IncrementSink(self._store, leaves, bases)
+        state = TreeBuilder()
+        sink = StateSink(self._store, [*leaves, state], [*bases, None])
         self._progress.start(self._request.vm, sum(_expected_bytes(plan, self._target) for plan in plans))
-        with Assembler(sizes, sink) as assembler:
+        with Assembler([*sizes, MAX_DISK_BYTES], sink) as assembler:
             feed = _Feed(assembler, sink, plans)
             instant = source.run([DiskTask(p.disk, self._bitmap(p)) for p in plans], feed)
             try:
-                feed.require_complete()
+                feed.require_complete(state=instant.state is not None)
                 feed.require_truth(check)
+                assembler.end_stream(len(plans), feed.state_bytes)
                 assembler.finish(partial=True)
             except BaseException:
                 self._remove_bitmaps(source.token)
                 raise
         self._store.count_read(feed.read_bytes)
         disks = tuple(self._disk(*item) for item in zip(plans, leaves, strict=True))
+        if instant.state is not None:
+            disks += (self._state_disk(plans, state, feed.state_bytes),)
         self._progress.finish()
         return instant, disks
 
@@ -243,6 +248,12 @@ class _LiveBackup:
         if isinstance(leaves, TreeEditor):
             self._store.known_reused(size - sum(min(SEGMENT_BYTES, size - n * SEGMENT_BYTES) for n in leaves.changed))
         return DiskRecord(plan.disk.name, size, leaves.finish(size, self._store.nodes), plan.disk.source)
+
+    def _state_disk(self, plans: Sequence[_Plan], leaves: TreeBuilder, size_bytes: int) -> DiskRecord:
+        name = VMSTATE
+        while name in {plan.disk.name for plan in plans}:
+            name += "_"
+        return DiskRecord(DiskName(name), size_bytes, leaves.finish(size_bytes, self._store.nodes), role=VMSTATE)
 
     # --- the end
 
@@ -279,6 +290,8 @@ class _LiveBackup:
                     note=instant.note,
                     bitmap=token,
                     increments=tuple(plan.disk.name for plan in plans if plan.based_on.is_increment),
+                    vmstate=instant.state.way if instant.state else "",
+                    pause_ms=round(instant.state.pause_s * 1000) if instant.state else 0,
                 ),
             )
         )
@@ -299,16 +312,21 @@ class _LiveBackup:
 class _Feed:
     """What the source gives, counted and checked, into the assembler."""
 
-    def __init__(self, assembler: Assembler, sink: IncrementSink, plans: Sequence[_Plan]) -> None:
+    def __init__(self, assembler: Assembler, sink: StateSink, plans: Sequence[_Plan]) -> None:
         self._assembler = assembler
         self._sink = sink
         self._plans = plans
         self._coverage = [Coverage(plan.disk.size_bytes) for plan in plans]
         self.read_bytes = 0
+        self.state_bytes = 0
+        """Of the VM's memory, which comes in order as a disk after the others."""
 
     def write(self, disk: str, offset: int, data: memoryview) -> None:
         number = int(disk)
-        self._cover(number, offset, len(data))
+        if number == len(self._plans):
+            self._follow(offset, data)
+        else:
+            self._cover(number, offset, len(data))
         self.read_bytes += len(data)
         self._assembler.put(number, offset, data)
 
@@ -318,12 +336,17 @@ class _Feed:
         self._sink.note_zeros(number, offset, length)
         self._assembler.zeros(number, offset, length)
 
-    def require_complete(self) -> None:
-        """:raise BackupBroken: when something of a disk that is read in full never came."""
+    def require_complete(self, *, state: bool) -> None:
+        """``state``: memory should have come, too.
+
+        :raise BackupBroken: when something of a disk that is read in full never came, or no memory did.
+        """
         for plan, coverage in zip(self._plans, self._coverage, strict=True):
             if plan.base is None and not coverage.is_complete:
                 gap = next(coverage.missing())
                 raise BackupBroken(f"{plan.disk.name}: {gap.length} bytes from {gap.offset} never came")
+        if state and not self.state_bytes:
+            raise BackupBroken("the VM's memory never came")
 
     def require_truth(self, check: SpotCheck | None) -> None:
         """:raise _BitmapLied: when something had changed that did not come."""
@@ -334,6 +357,12 @@ class _Feed:
             if found is not None:
                 place = f"{plan.disk.name}: {found[1]} bytes at {found[0]}"
                 raise _BitmapLied(f"{place} have changed, and the dirty bitmap does not say so")
+
+    def _follow(self, offset: int, data: memoryview) -> None:
+        """:raise BackupBroken: when a piece of the memory is missing before this one."""
+        if offset != self.state_bytes or (offset == 0 and data[: len(STREAM_MAGIC)] != STREAM_MAGIC):
+            raise BackupBroken(f"the VM's memory does not come as it should from byte {self.state_bytes} on")
+        self.state_bytes += len(data)
 
     def _cover(self, number: int, offset: int, length: int) -> None:
         """:raise BackupBroken: when something comes a second time: which of them is right?"""

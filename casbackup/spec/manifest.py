@@ -108,7 +108,7 @@ class LiveOrigin:
     ``frozen``: the guest's file systems were frozen at the instant; ``note``: why not. ``bitmap``: in the name of the
     dirty bitmaps in QEMU that record what was written since; empty: there are none. ``increments``: the disks of which
     only what a bitmap had recorded was read. ``mode_note``: why QEMU pushed the data, if that was left open.
-    ``vmstate``: how the VM's memory was saved; empty: it was not. ``pause_ms``: how long the guest stood still for that.
+    ``vmstate``: how the VM's memory was saved; empty: it was not. ``pause_ms``: how long the guest stood still for it.
     """
 
     mode: str

@@ -123,6 +123,8 @@ def _live_document(live: LiveOrigin) -> LiveOriginDocument:
         "note": live.note,
         "bitmap": live.bitmap,
         "increments": list(live.increments),
+        "vmstate": live.vmstate,
+        "pause_ms": live.pause_ms,
     }
 
 

@@ -40,11 +40,17 @@ class LiveFlags(NamedTuple):
     full: bool
     no_bitmap: bool
     verify_unchanged: str | None
+    with_vmstate: str | None
 
     def check(self) -> None:
-        """:raise UsageError: when one is given that means nothing without ``--qmp``."""
+        """:raise UsageError: when one is given that means nothing without ``--qmp``, or two contradict each other."""
         if self.qmp is None and any(self[1:]):
             raise UsageError("options for a running VM were given, but not --qmp, the socket to reach it by")
+        if self.with_vmstate and self.freeze == "require":
+            raise UsageError(
+                "--with-vmstate and --freeze require contradict each other: file systems that are frozen in the saved "
+                "memory would stay so; nor is it needed, for memory and disks belong together"
+            )
 
 
 def live_options(function: F) -> F:
@@ -117,6 +123,15 @@ _OPTIONS = (
         metavar="PERCENT",
         help="With --qmp: compare so much of what a dirty bitmap calls unchanged with what is stored.",
     ),
+    click.option(
+        "--with-vmstate",
+        metavar="background|paused|auto",
+        is_flag=False,
+        flag_value="background",
+        type=click.Choice(["background", "paused", "auto"]),
+        help="With --qmp: back up the VM's memory, too, so that it can go on from there; without a value in the "
+        "background. paused: the guest stands still meanwhile; auto: only if it does not go in the background.",
+    ),
 )
 
 
@@ -140,6 +155,11 @@ def live_backup(app: App, flags: LiveFlags, **request: Any) -> LiveReport:
         machine = Machine(qmp, Selection(flags.only, flags.exclude), _options(flags, qmp), Mode(flags.mode or "auto"))
         for warning in machine.warnings():
             app.output.complain(warning)
+        if flags.with_vmstate and (flags.only or flags.exclude):
+            app.output.complain(
+                "the VM's memory is that of all its disks: one that is left out must be as it is now when the VM is to "
+                "go on from the snapshot"
+            )
         with ControlServer(control, wanted.namespace, wanted.vm), _signals(control), app.progress() as progress:
             report = job.live_backup(
                 peer, machine, wanted, control=control, report=app.output.complain, progress=progress
@@ -153,6 +173,10 @@ def _tell(app: App, report: LiveReport) -> None:
     for disk in report.disks:
         if disk.lost:
             app.output.complain(f"{disk.name} was read as a whole: {disk.reason}")
+    state = report.instant.state
+    if state is not None:
+        reason = f", because {state.note}" if state.note else ""
+        app.output.complain(f"the guest stood still for {state.pause_s:.3f} s ({state.way}{reason})")
     if report.instant.mode_note:
         app.output.complain(f"QEMU pushed the data: {report.instant.mode_note}")
     if report.instant.note and not report.instant.frozen and app.verbose:
@@ -163,6 +187,7 @@ def _options(flags: LiveFlags, qmp: QmpClient) -> LiveOptions:
     from casbackup.limits import SINK_MEMORY_BYTES
     from casbackup.qemu.machine import find_agent
     from casbackup.qemu.source import FreezePolicy, LiveOptions
+    from casbackup.qemu.vmstate import StateWay
     from casbackup.units import MiB, parse_duration, parse_size
 
     memory_bytes = parse_size(flags.memory) if flags.memory else SINK_MEMORY_BYTES
@@ -172,7 +197,8 @@ def _options(flags: LiveFlags, qmp: QmpClient) -> LiveOptions:
     if not 0 < stall_s <= 60:
         raise UsageError("--max-guest-stall must be above 0 and at most 60 seconds")
     return LiveOptions(
-        freeze=FreezePolicy(flags.freeze or "auto"),
+        freeze=FreezePolicy.NEVER if flags.with_vmstate else FreezePolicy(flags.freeze or "auto"),
+        vmstate=StateWay(flags.with_vmstate) if flags.with_vmstate else None,
         agent_path=flags.agent or find_agent(qmp),
         max_guest_stall_s=stall_s,
         memory_bytes=memory_bytes,
