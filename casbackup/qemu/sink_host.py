@@ -202,6 +202,7 @@ class SinkHost:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", _MODULE, *map(str, inherited)],
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # whoever reads what the backup says must not wait for the sink
             pass_fds=[descriptor for descriptor in inherited if descriptor >= 0],
             start_new_session=True,
         )

@@ -39,6 +39,8 @@ REPORT_S = 0.05
 _RETRY_S = 0.5
 _PATIENCE_S = 600.0
 """How long an orphaned sink waits for a monitor that somebody else has, while QEMU is connected to it."""
+_THAW_PATIENCE_S = 120.0
+"""How long it tries to thaw the guest: an agent that is busy freezing answers nothing before it is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +91,18 @@ class Sink:
                 max_guest_stall_s=settings.max_guest_stall_s,
             )
         while not self._ending:
-            messages = self._messages.receive(REPORT_S)
-            if messages is None or not self._report():
+            if self._listen() is None or not self._report():
+                while self._listen():  # what it still said before it died counts
+                    pass
                 self._orphaned(settings)
                 return
-            for message in messages:
-                self._obey(message)
+
+    def _listen(self) -> list[dict[str, Any]] | None:
+        """Obey what comes within a moment, and return it; None when nobody is there any more."""
+        messages = self._messages.receive(REPORT_S)
+        for message in messages or ():
+            self._obey(message)
+        return messages
 
     def _settings(self) -> SinkSettings | None:
         while (messages := self._messages.receive(60.0)) is not None:
@@ -139,14 +147,16 @@ class Sink:
             self._link.data.shutdown(socket.SHUT_RDWR if self._backlog.failure else socket.SHUT_WR)
 
     def _orphaned(self, settings: SinkSettings) -> None:
+        thawing = threading.Thread(target=self._thaw, name="sink-thaw")
+        thawing.start()
         try:
             self._clean_up(settings)
         finally:
+            thawing.join()
             shutil.rmtree(os.path.dirname(self._listener.getsockname()), ignore_errors=True)
 
     def _clean_up(self, settings: SinkSettings) -> None:
         self._backlog.fail(BackupBroken("the backup's process has died"))
-        self._thaw()
         deadline = time.monotonic() + _PATIENCE_S
         while time.monotonic() < deadline:
             try:
@@ -161,9 +171,15 @@ class Sink:
                 time.sleep(_RETRY_S)
 
     def _thaw(self) -> None:
-        if self._frozen_agent is not None:
-            with contextlib.suppress(CasbackupError), GuestAgent(self._frozen_agent) as agent:
-                agent.thaw()
+        """If the guest is frozen, or about to be."""
+        deadline = time.monotonic() + _THAW_PATIENCE_S
+        while self._frozen_agent is not None and time.monotonic() < deadline:
+            try:
+                with GuestAgent(self._frozen_agent) as agent:
+                    agent.thaw()
+                return
+            except CasbackupError:
+                time.sleep(_RETRY_S)
 
 
 def _ignore_signals() -> None:

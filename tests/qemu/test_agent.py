@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -39,7 +40,7 @@ class FakeAgent:
                 stream, _ = self._listener.accept()
             except OSError:
                 return
-            with stream, stream.makefile("rwb") as file:
+            with contextlib.suppress(BrokenPipeError), stream, stream.makefile("rwb") as file:
                 if self.behaviour == "stale":
                     file.write(b'{"return": 7}\n')
                     file.flush()
