@@ -26,7 +26,7 @@ OPTIONS = LiveOptions(freeze=FreezePolicy.NEVER)
 @pytest.fixture
 def vm(place: Path) -> Iterator[Process]:
     """Set up as Proxmox VE does it, and not started."""
-    for name in ("root", "data", "cd", "vars", "code"):
+    for name in ("root", "data", "cd", "vars", "code", "old"):
         (place / name).write_bytes(os.urandom(64 * 1024))
         os.truncate(place / name, 2 * MiB)
     command = [need("qemu-system-x86_64"), "-M", "pc", "-m", "16", "-accel", "tcg", "-display", "none", "-S"]
@@ -39,6 +39,8 @@ def vm(place: Path) -> Iterator[Process]:
     command += ["-device", "ide-cd,drive=drive-ide2,id=ide2"]
     command += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={place}/code"]
     command += ["-drive", f"if=pflash,unit=1,format=raw,id=drive-efidisk0,file={place}/vars"]
+    command += ["-drive", f"file={place}/old,if=none,id=drive-scsi1,format=raw,werror=stop"]
+    command += ["-device", "scsi-hd,drive=drive-scsi1,id=scsi1"]
     command += ["-chardev", f"socket,path={place}/qga.sock,server=on,wait=off,id=qga0"]
     made = Process(place, command)
     with contextlib.closing(made):
@@ -51,20 +53,20 @@ def names(qmp_disks: object) -> list[str]:
 
 def test_disks_have_the_names_of_their_devices(vm: Process) -> None:
     with vm.qmp() as qmp:
-        assert names(find_disks(qmp, Selection())) == ["efidisk0", "scsi0", "virtio1"]
+        assert names(find_disks(qmp, Selection())) == ["efidisk0", "scsi0", "scsi1", "virtio1"]
         assert names(find_disks(qmp, Selection(only=["scsi0", "ide2"]))) == ["ide2", "scsi0"]
-        assert names(find_disks(qmp, Selection(exclude=["efidisk0"]))) == ["scsi0", "virtio1"]
+        assert names(find_disks(qmp, Selection(exclude=["efidisk0"]))) == ["scsi0", "scsi1", "virtio1"]
         (named,) = find_disks(qmp, Selection(only=["mine=data-node"]))
         assert (named.name, named.node, named.size_bytes) == ("mine", "data-node", 2 * MiB)
         with pytest.raises(DiskUnknown, match=r"ide2 \(read-only\)"):
             find_disks(qmp, Selection(only=["scsi9"]))
         with pytest.raises(DiskUnknown, match="nothing to back up"):
-            find_disks(qmp, Selection(exclude=["efidisk0", "scsi0", "virtio1"]))
+            find_disks(qmp, Selection(exclude=["efidisk0", "scsi0", "scsi1", "virtio1"]))
 
 
 def test_what_is_known_of_the_vm(vm: Process, place: Path) -> None:
     with vm.qmp() as qmp:
-        machine = Machine(qmp, Selection(), OPTIONS, Mode.AUTO)
+        machine = Machine(qmp, Selection(), OPTIONS, Mode.PUSH)
         assert b"\n-nodefaults\n" in machine.configs["qemu-command-line"]
         assert b'"virtio1"' in machine.configs["qemu-devices.json"]
         assert find_agent(qmp) == str(place / "qga.sock")
@@ -74,6 +76,7 @@ def test_what_is_known_of_the_vm(vm: Process, place: Path) -> None:
         assert len(warnings) == 1
         assert "virtio1" in warnings[0]
         assert "scsi0" not in warnings[0]
+        assert "scsi1" not in warnings[0], "said with -drive, the device says auto"
 
 
 def test_disks_of_all_kinds_are_backed_up(vm: Process, place: Path) -> None:
@@ -83,6 +86,6 @@ def test_disks_of_all_kinds_are_backed_up(vm: Process, place: Path) -> None:
         source = machine.source(LiveControl(), print, None)
         source.run([DiskTask(disk, None) for disk in machine.disks], gathered)
         assert_clean(qmp)
-    files = {"scsi0": "root", "virtio1": "data", "efidisk0": "vars"}
+    files = {"scsi0": "root", "virtio1": "data", "efidisk0": "vars", "scsi1": "old"}
     for disk, content in zip(machine.disks, gathered.disks, strict=True):
         assert content == (place / files[disk.name]).read_bytes()
