@@ -58,6 +58,7 @@ SECTIONS: dict[str, dict[str, Entry]] = {
     },
     "Administer": {
         "serve": Entry("serve:serve", "Serve repositories over HTTP."),
+        "gateway": Entry("gateway:gateway", "Serve restores of an encrypted repository on this machine."),
         "server-job": Entry("server_job:server_job", "Start or watch gc, check and other jobs of a server."),
         "token": Entry("token:token", "Manage who may use a repository over HTTP."),
         "key": Entry("key:key", "Manage the keys of encrypted repositories."),

@@ -626,6 +626,14 @@ class SyncedSnapshotDocument(TypedDict):
     error: SyncErrorDocument | None
 
 
+class GatewayDocument(TypedDict):
+    """Printed by ``gateway`` once it serves."""
+
+    url: str
+    """What the paths of the REST reference are appended to."""
+    encrypted: bool
+
+
 class RekeyDocument(TypedDict):
     """What ``sync --rekey`` cost. Keys are null for an end that is not encrypted."""
 

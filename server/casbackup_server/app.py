@@ -1,11 +1,12 @@
-"""The ASGI application."""
+"""The ASGI applications: the server, and the gateway."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager
 
 import structlog
 from fastapi import APIRouter, FastAPI
@@ -13,8 +14,9 @@ from fastapi import APIRouter, FastAPI
 from casbackup import __version__
 from casbackup_server import problems
 from casbackup_server.guard import PREFIX, Guard
+from casbackup_server.localnames import LocalNames
 from casbackup_server.routes import browsing, disks, exports, health, jobs, manifests, reading, repositories, sessions
-from casbackup_server.served import Server
+from casbackup_server.served import Host, Server
 
 _LOOK_S = 5.0
 """How often silent sessions are looked for."""
@@ -29,15 +31,35 @@ def create_app(server: Server) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        task = asyncio.create_task(_look_after(server))
-        try:
+        async with _beside(_look_after(server)):
             yield
-        finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-            server.gate.note_used()
+        server.gate.note_used()
 
+    modules = (repositories, manifests, sessions, reading, *_RESTORING, jobs)
+    app = _application(server, lifespan, [module.router for module in modules])
+    app.include_router(health.router)
+    return app
+
+
+def create_gateway(host: Host) -> FastAPI:
+    """The application that lists and restores, and does nothing else; for clients on this machine only."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with _beside(_close_idle(host)):
+            yield
+
+    app = _application(host, lifespan, [module.router for module in _RESTORING])
+    app.add_middleware(LocalNames)
+    return app
+
+
+_RESTORING = (browsing, disks, exports)
+
+
+def _application(
+    host: Host, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]], routers: Sequence[APIRouter]
+) -> FastAPI:
     app = FastAPI(
         title="casbackup",
         version=__version__,
@@ -48,19 +70,33 @@ def create_app(server: Server) -> FastAPI:
         openapi_url="/v1/openapi.json",
         redirect_slashes=False,
     )
-    app.state.server = server
-    app.include_router(_v1())
-    app.include_router(health.router)
+    app.state.server = host
+    v1 = APIRouter(prefix=PREFIX)
+    for router in routers:
+        v1.include_router(router)
+    app.include_router(v1)
     app.add_middleware(Guard)
     problems.install(app)
     return app
 
 
-def _v1() -> APIRouter:
-    router = APIRouter(prefix=PREFIX)
-    for module in (repositories, manifests, sessions, reading, browsing, disks, exports, jobs):
-        router.include_router(module.router)
-    return router
+@contextlib.asynccontextmanager
+async def _beside(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Do something that has no end meanwhile."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def _close_idle(host: Host) -> None:
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        for browsed in host.repositories.values():
+            await host.threads.run(browsed.reading.close_idle)
 
 
 async def _look_after(server: Server) -> None:

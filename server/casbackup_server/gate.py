@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hmac
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from casbackup.clock import Clock, SystemClock
 from casbackup.errors import ServerBusy, TokenInvalid, TokenMissing
 from casbackup_server.audit import Audit
 from casbackup_server.problems import Refusal
-from casbackup_server.rights import ALL, Access
+from casbackup_server.rights import ALL, Access, Grant, Right
 from casbackup_server.tokens import Token, TokenFile, parse_token
 
 _LONGEST_HEADER = 2048
@@ -37,6 +38,23 @@ class OpenGate:
 
     def admit(self, authorization: str | None, address: str, repository: str) -> Access:
         return Access("nobody", ALL)
+
+    def note_used(self) -> None: ...
+
+
+class OneTokenGate:
+    """Whoever shows the one token that there is may restore; without one, everybody may."""
+
+    def __init__(self, token: str | None) -> None:
+        self._token = token
+
+    def admit(self, authorization: str | None, address: str, repository: str) -> Access:
+        if self._token is not None:
+            if authorization is None:
+                raise TokenMissing("this gateway wants a token")
+            if not hmac.compare_digest(_shown(authorization).encode(), self._token.encode()):
+                raise TokenInvalid("this is not the token of this gateway")
+        return Access("nobody", Grant(frozenset({Right.RESTORE})))
 
     def note_used(self) -> None: ...
 

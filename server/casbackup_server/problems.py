@@ -40,6 +40,7 @@ _STATUS: dict[type[e.CasbackupError], int] = {
     e.KeyFileDamaged: 400,
     e.ArchiveError: 400,
     e.ServerBusy: 503,
+    e.ServerUnreachable: 503,
     e.ServerJobNotFound: 404,
     e.ServerProtocolError: 400,
     e.RequestRefused: 413,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
-from typing import NamedTuple
 
 import structlog
 import uvicorn
+from fastapi import FastAPI
 
 from casbackup.errors import ConfigInvalid, Interrupted, UsageError
 from casbackup.limits import MAX_UPLOADING_BYTES
@@ -19,9 +18,10 @@ from casbackup_server.gate import Gate, OpenGate, TokenGate
 from casbackup_server.jobs.configured import configured_tasks, zone_of
 from casbackup_server.jobs.notify import notifier_for
 from casbackup_server.jobs.schedule import scheduled
+from casbackup_server.listen import Listen, parse_listen
 from casbackup_server.protocol import PatientProtocol
 from casbackup_server.served import Server, opened
-from casbackup_server.settings import Settings
+from casbackup_server.settings import Settings, TlsSettings
 from casbackup_server.threads import Threads
 from casbackup_server.tokens import TokenFile
 
@@ -30,29 +30,6 @@ _CONNECTIONS = 1024
 _BACKLOG = 512
 
 _log = structlog.get_logger("casbackup.server")
-
-
-class Listen(NamedTuple):
-    host: str
-    port: int
-
-    @property
-    def is_loopback(self) -> bool:
-        """Can only this machine reach it?"""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
-        except ValueError:
-            return False
-
-
-def parse_listen(text: str) -> Listen:
-    """:raise UsageError: when it is not ADDRESS:PORT."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise UsageError(f"{text!r} is not an address to listen on: it must look like 127.0.0.1:8007 or [::]:8007")
-    return Listen(host, int(port))
 
 
 def run(settings: Settings) -> None:
@@ -78,7 +55,7 @@ def run(settings: Settings) -> None:
             scheduled(settings, served, zone, notifier, server.metrics),
             contextlib.suppress(KeyboardInterrupt, Interrupted),  # uvicorn raises the signal once more when it is done
         ):
-            uvicorn.Server(_config(server, settings, listen)).run()
+            uvicorn.Server(uvicorn_config(create_app(server), listen, _grace_s(settings), settings.tls)).run()
     _log.info("stopped")
 
 
@@ -116,10 +93,10 @@ def _gate(settings: Settings, audit: Audit) -> Gate:
     return TokenGate({name: TokenFile(item.path) for name, item in settings.repositories.items()}, audit)
 
 
-def _config(server: Server, settings: Settings, listen: Listen) -> uvicorn.Config:
-    tls = settings.tls
+def uvicorn_config(app: FastAPI, listen: Listen, grace_s: int, tls: TlsSettings | None = None) -> uvicorn.Config:
+    """``grace_s``: how long requests may go on after SIGTERM."""
     return uvicorn.Config(
-        create_app(server),
+        app,
         host=listen.host.strip("[]"),
         port=listen.port,
         http=PatientProtocol,
@@ -130,7 +107,7 @@ def _config(server: Server, settings: Settings, listen: Listen) -> uvicorn.Confi
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=_grace_s(settings),
+        timeout_graceful_shutdown=grace_s,
         limit_concurrency=_CONNECTIONS,
         backlog=_BACKLOG,
         ssl_certfile=None if tls is None else tls.cert,

@@ -54,6 +54,7 @@ class Host:
     exports: threading.BoundedSemaphore = field(
         default_factory=lambda: threading.BoundedSemaphore(MAX_REST_EXPORTS), kw_only=True
     )
+    metrics: Metrics = field(default_factory=Metrics, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,6 @@ class Server(Host):
 
     repositories: Mapping[str, Served]
     uploading: ByteBudget
-    metrics: Metrics = field(default_factory=Metrics)
     metrics_token: str | None = None
     """Who asks for metrics must show it; None: only this machine may ask."""
 

@@ -88,7 +88,9 @@ def test_qemu_img(place: Place) -> None:
     secret = ["--object", f"secret,id=token,data={place.token}"]
     image = f"driver=raw,file.driver=http,file.url={place.url},file.username=x,file.password-secret=token"
     got = subprocess.run(
-        [qemu_img, "convert", *secret, "--image-opts", image, "-O", "raw", str(target)], capture_output=True, timeout=60
+        [qemu_img, "convert", "-m", "1", *secret, "--image-opts", image, "-O", "raw", str(target)],
+        capture_output=True,
+        timeout=60,
     )
     if b"Unknown driver" in got.stderr or b"Unknown protocol" in got.stderr:
         pytest.skip("QEMU has no curl driver: qemu-block-extra is not installed")
