@@ -18,15 +18,15 @@ import contextlib
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 
 from casbackup.block.nbd.client import MAX_CONNECTIONS, NbdClient, open_pool
 from casbackup.block.nbd.connection import Connection
-from casbackup.block.nbd.uri import MAX_SOCKET_PATH_BYTES, NbdAddress
+from casbackup.block.nbd.uri import NbdAddress
+from casbackup.block.private_folder import private_folder
 from casbackup.block.qemu_img import local_name, tool_environment, tool_message
-from casbackup.errors import CasbackupError, NbdConnectionFailed, ToolFailed, ToolMissing
+from casbackup.errors import CasbackupError, NbdConnectionFailed, TargetUnsuitable, ToolFailed, ToolMissing
 
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 60.0
@@ -79,7 +79,10 @@ class QemuNbd:
         if program is None:
             raise ToolMissing(f"qemu-nbd is not installed; it is needed for {path}")
         self._path = path
-        self._folder = _private_folder()
+        try:
+            self._folder = private_folder(_SOCKET)
+        except TargetUnsuitable as error:
+            raise ToolFailed(f"qemu-nbd cannot be started: {error.message}") from error
         self.address = NbdAddress(socket_path=os.path.join(self._folder, _SOCKET))
         try:
             self._process, self._lifeline = self._launch(program, _options(image_format, writable=writable))
@@ -223,16 +226,3 @@ class QemuImage(NbdClient):
 def _options(image_format: str, *, writable: bool) -> list[str]:
     access = ["--discard=unmap", "--detect-zeroes=off"] if writable else ["--read-only"]
     return [*access, f"--format={image_format}", "--cache=writeback", f"--shared={MAX_CONNECTIONS}"]
-
-
-def _private_folder() -> str:
-    """A new folder of mode 0700, near enough to the root for the path of a socket in it."""
-    try:
-        for parent in (tempfile.gettempdir(), "/tmp"):
-            folder = tempfile.mkdtemp(prefix="casbackup-", dir=parent)
-            if len(os.fsencode(os.path.join(folder, _SOCKET))) <= MAX_SOCKET_PATH_BYTES:
-                return folder
-            os.rmdir(folder)
-    except OSError as error:
-        raise ToolFailed(f"there is no place for the socket of qemu-nbd: {error.strerror}") from error
-    raise ToolFailed("there is no place for the socket of qemu-nbd: the paths are too long")

@@ -13,11 +13,11 @@ from casbackup.block.device import BlockDevice
 from casbackup.block.guard import Guarded
 from casbackup.block.nbd.client import NbdClient
 from casbackup.block.nbd.uri import NbdAddress
+from casbackup.block.private_folder import private_folder
 from casbackup.errors import CasbackupError, LiveUnsupported, QmpCommandFailed
 from casbackup.qemu.cleanup import PREFIX
 from casbackup.qemu.disks import LiveDisk
 from casbackup.qemu.qmp import QmpClient
-from casbackup.qemu.sink_server import private_folder
 
 _EXPORT = f"{PREFIX}read-"
 _SOCKET = "read.sock"
@@ -80,7 +80,7 @@ def opened(address: NbdAddress) -> BlockDevice:
 @contextlib.contextmanager
 def _folder_for(qmp: QmpClient) -> Iterator[str]:
     """A folder for a while that QEMU can enter, too."""
-    folder = private_folder()
+    folder = private_folder(_SOCKET)
     try:
         if qmp.peer.uid != os.geteuid():
             os.chown(folder, qmp.peer.uid, qmp.peer.gid)

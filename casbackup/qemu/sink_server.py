@@ -6,13 +6,10 @@ refused: should the sink die, QEMU connects anew at once (``reconnect-delay``), 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shutil
 import socket
-import tempfile
-import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,7 +17,7 @@ from casbackup.block.backlog import Backlog
 from casbackup.block.buffers import BufferPool
 from casbackup.block.nbd.exports import Export
 from casbackup.block.nbd.server import NbdServer
-from casbackup.block.nbd.uri import MAX_SOCKET_PATH_BYTES
+from casbackup.block.private_folder import private_folder
 from casbackup.block.sink import SinkDevice
 from casbackup.errors import CasbackupError, TargetUnsuitable
 from casbackup.units import MiB
@@ -48,7 +45,7 @@ class SharedListener:
 
         :raise TargetUnsuitable: when there is no place for a socket, or QEMU cannot be let in.
         """
-        self._folder = private_folder()
+        self._folder = private_folder(_SOCKET)
         self.path = os.path.join(self._folder, _SOCKET)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -85,7 +82,7 @@ class _Target(SinkDevice):
 
 
 class SinkServer(NbdServer):
-    """Serves a socket that listens already, and is shared, so that closing the server leaves it as it is."""
+    """Takes any number of disks, and knows of which it has heard."""
 
     def __init__(self, backlog: Backlog, exports: Sequence[SinkExport], *, max_guest_stall_s: float) -> None:
         devices = {
@@ -103,10 +100,6 @@ class SinkServer(NbdServer):
         """Disks of which QEMU has sent something."""
         return sum(1 for device in self._devices.values() if device.heard)
 
-    def serve(self, listener: socket.socket) -> None:
-        """Begin to accept connections. ``listener`` stays the caller's."""
-        threading.Thread(target=self._accept, args=(listener,), name="sink-accept", daemon=True).start()
-
 
 class StandIn:
     """Serves in the place of a sink that is gone: acknowledges and drops, so that the guest goes on."""
@@ -123,14 +116,3 @@ class StandIn:
 
     def serve(self, listener: socket.socket) -> None:
         self._server.serve(listener)
-
-
-def private_folder() -> str:
-    """A new folder of mode 0700, near enough to the root for the path of a socket in it."""
-    for parent in (tempfile.gettempdir(), "/tmp"):
-        with contextlib.suppress(OSError):
-            folder = tempfile.mkdtemp(prefix="casbackup-", dir=parent)
-            if len(os.fsencode(os.path.join(folder, _SOCKET))) <= MAX_SOCKET_PATH_BYTES:
-                return folder
-            os.rmdir(folder)
-    raise TargetUnsuitable("there is no place for the sink's socket: its path would be too long, or /tmp is read-only")
