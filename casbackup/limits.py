@@ -81,6 +81,9 @@ MAX_READINGS = 1024
 MAX_FORGET = 10_000
 """Snapshots that one request forgets or accounts for."""
 
+MAX_ADOPTED = 64
+"""Snapshots that one request makes visible."""
+
 MAX_TOKENS = 10_000
 """Tokens of one repository."""
 

@@ -21,11 +21,11 @@ from casbackup.errors import (
     CasbackupError,
     DataDamage,
     ManifestDamaged,
-    SnapshotConflict,
     SnapshotNotFound,
     UsageError,
 )
 from casbackup.ids import ZERO_ID, BlobId
+from casbackup.jobs.adopting import OF_THE_SNAPSHOT, Adopter
 from casbackup.jobs.copying import Copier, Destination, Tally, Wanted, wanted_of
 from casbackup.jobs.ratelimit import NO_LIMIT, RateLimit
 from casbackup.jobs.same_key import require_same_key
@@ -34,15 +34,14 @@ from casbackup.jobs.sync_report import Outcome, SnapshotResult, SyncReport
 from casbackup.jobs.sync_run import SyncRun
 from casbackup.peer.api import Peer, PeerSession
 from casbackup.progress import NoProgress, Progress
+from casbackup.repository.adoption import Copy
 from casbackup.repository.catalog import Snapshot
-from casbackup.spec.manifest import Sidecar
 from casbackup.spec.record import Record
 from casbackup.store.writer import NOTHING_STORED, StoredBytes
 
 _REMEMBERED = 2**20
 """Blobs that a dry run remembers to have counted, 110 MB; beyond them, some may be counted twice."""
 
-_Adopt = Callable[[bytes, Sidecar], Snapshot]
 _EVERYTHING = SnapshotFilter()
 
 
@@ -105,7 +104,7 @@ class _Sync:
     def copy(self) -> None:
         """Copy what the plan says."""
         self._progress.start("copying", self._plan.size_bytes)
-        self.outcome.copy(lambda waiting, session: self._run(waiting, session, session.adopt))
+        self.outcome.copy(lambda waiting, session: self._run(waiting, session, Adopter(waiting, session.adopt_all)))
         self._progress.finish()
 
     def estimate(self) -> None:
@@ -121,14 +120,14 @@ class _Sync:
             session.abort()
         self._progress.finish()
 
-    def _run(self, snapshots: Sequence[Snapshot], session: Destination, adopt: _Adopt | None) -> None:
+    def _run(self, snapshots: Sequence[Snapshot], session: Destination, adopter: Adopter | None) -> None:
         roots = dict.fromkeys(wanted.id for snapshot in snapshots for wanted in wanted_of(snapshot.manifest))
         missing = session.missing([root for root in roots if root != ZERO_ID])
-        goals = [_SnapshotGoal(self._source, snapshot, adopt, self.outcome.note) for snapshot in snapshots]
+        goals = [_SnapshotGoal(self._source, snapshot, adopter, self.outcome.note) for snapshot in snapshots]
         for goal in goals:
             self._progress.advance(done=goal.leave_out(missing))
-        limit = NO_LIMIT if adopt is None else self._limit
-        copier = Copier(self._source, session, limit=limit, progress=self._progress, only_count=adopt is None)
+        limit = NO_LIMIT if adopter is None else self._limit
+        copier = Copier(self._source, session, limit=limit, progress=self._progress, only_count=adopter is None)
         with contextlib.ExitStack() as releasing:  # each of them, even if the source cannot be reached any more
             for goal in goals:
                 releasing.callback(goal.release)
@@ -136,15 +135,15 @@ class _Sync:
 
 
 class _SnapshotGoal:
-    """A snapshot on its way. ``adopt`` None: it is only looked at."""
+    """A snapshot on its way. ``adopter`` None: it is only looked at."""
 
     def __init__(
-        self, source: Peer, snapshot: Snapshot, adopt: _Adopt | None, note: Callable[[SnapshotResult], None]
+        self, source: Peer, snapshot: Snapshot, adopter: Adopter | None, note: Callable[[SnapshotResult], None]
     ) -> None:
         self.wanted: Sequence[Wanted] = wanted_of(snapshot.manifest)
         self._source = source
         self._snapshot = snapshot
-        self._adopt = adopt
+        self._adopter = adopter
         self._note = note
         self._reading = contextlib.ExitStack()
         self._forgotten: SnapshotNotFound | None = None
@@ -165,22 +164,25 @@ class _SnapshotGoal:
     def end(self, tally: Tally, losses: Sequence[DataDamage]) -> None:
         self.release()
         error: CasbackupError | None = self._forgotten or _as_one(losses)
-        outcome = Outcome.PLANNED
-        if error is None and self._adopt is not None:
-            error, outcome = self._adopted(self._adopt), Outcome.COPIED
-        self._note(SnapshotResult(self._snapshot, outcome if error is None else Outcome.FAILED, tally, error))
+        if self._adopter is None:
+            self._result(Outcome.PLANNED, tally, error)
+            return
+        try:
+            copy = Copy(self._source.manifest(self._snapshot), self._snapshot.sidecar) if error is None else None
+        except OF_THE_SNAPSHOT as failure:
+            copy, error = None, failure
+        if copy is None:
+            self._result(Outcome.FAILED, tally, error)
+            self._adopter.leave_out(self._snapshot)
+        else:
+            self._adopter.put(self._snapshot, copy, lambda refusal: self._result(Outcome.COPIED, tally, refusal))
 
     def release(self) -> None:
         """Let go of the source's snapshot. Twice is harmless."""
         self._reading.close()
 
-    def _adopted(self, adopt: _Adopt) -> CasbackupError | None:
-        """Make the copy visible; why that cannot be, if it is the snapshot's fault."""
-        try:
-            adopt(self._source.manifest(self._snapshot), self._snapshot.sidecar)
-        except (SnapshotConflict, SnapshotNotFound, ManifestDamaged, DataDamage) as error:
-            return error
-        return None
+    def _result(self, outcome: Outcome, tally: Tally, error: CasbackupError | None) -> None:
+        self._note(SnapshotResult(self._snapshot, outcome if error is None else Outcome.FAILED, tally, error))
 
 
 class _Counting:

@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from casbackup.codec.codec import Codec
-from casbackup.errors import ManifestDamaged
+from casbackup.errors import CasbackupError, ManifestDamaged
 from casbackup.ids import BlobId, Namespace, SessionId, VmName
 from casbackup.peer.usage import UsageReport
+from casbackup.repository.adoption import Copy
 from casbackup.repository.catalog import Snapshot
 from casbackup.spec.config import RepositoryConfig
 from casbackup.spec.manifest import Manifest, Sidecar
@@ -74,6 +75,11 @@ class PeerSession(Protocol):
         :raise ManifestDamaged: when the bytes are no manifest. :raise ClosureViolation: when something that it needs
         is not stored. :raise NodeInvalid: when a root is not that of a disk of its size.
         :raise SnapshotConflict: when the VM has another snapshot of that time.
+        """
+
+    def adopt_all(self, copies: Sequence[Copy]) -> list[Snapshot | CasbackupError]:
+        """``adopt`` of several, in order, for the price of one. Ends with the first that is refused, whose error, one
+        of those of ``adopt``, comes last: nothing is known of those after it.
         """
 
     def finish(self) -> None:

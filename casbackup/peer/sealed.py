@@ -9,11 +9,12 @@ from dataclasses import replace
 from casbackup.codec.codec import Codec, keyed_codec
 from casbackup.codec.master_key import MasterKey
 from casbackup.codec.sealing import ManifestSeal
-from casbackup.errors import CommitOutdated, KeyMismatch, ManifestDamaged, SnapshotRolledBack
+from casbackup.errors import CasbackupError, CommitOutdated, KeyMismatch, ManifestDamaged, SnapshotRolledBack
 from casbackup.ids import BlobId, Namespace, SessionId, VmName
 from casbackup.peer.api import Peer, PeerSession
 from casbackup.peer.seen import FORGETFUL, Seen, SeenSnapshots
 from casbackup.peer.usage import UsageReport
+from casbackup.repository.adoption import Copy
 from casbackup.repository.catalog import Snapshot
 from casbackup.spec.config import RepositoryConfig
 from casbackup.spec.manifest import Manifest, Sidecar, decode_manifest, encode_manifest
@@ -239,6 +240,10 @@ class SealedSession:
 
     def adopt(self, manifest: bytes, sidecar: Sidecar = Sidecar()) -> Snapshot:  # noqa: B008  it is immutable
         return self._peer.adopt(self._session, manifest, sidecar)
+
+    def adopt_all(self, copies: Sequence[Copy]) -> list[Snapshot | CasbackupError]:
+        results = self._session.adopt_all(copies)
+        return [self._peer.opened(item) if isinstance(item, Snapshot) else item for item in results]
 
     def finish(self) -> None:
         self._session.finish()

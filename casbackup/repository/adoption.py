@@ -5,7 +5,7 @@ Its number and parent stay what they were where it was made (``docs/decisions/00
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from casbackup.errors import KeyMismatch, NodeInvalid, SnapshotConflict
 from casbackup.fs import translated, write_durably
@@ -20,6 +20,13 @@ from casbackup.tree.builder import level_of
 
 if TYPE_CHECKING:
     from casbackup.repository.repository import Repository
+
+
+class Copy(NamedTuple):
+    """A snapshot of another repository: its manifest's bytes, and what was changed about it later."""
+
+    manifest: bytes
+    sidecar: Sidecar = Sidecar()
 
 
 def clear_the_way(repository: Repository, key: SnapshotKey, manifest: bytes) -> None:

@@ -350,6 +350,17 @@ class Session:
             self._has_adopted = True
             return adopted
 
+    def adopt_all(self, copies: Sequence[adoption.Copy]) -> list[Snapshot | CasbackupError]:
+        """``adopt`` of several, in order. Ends with the first that is refused, whose error comes last."""
+        results: list[Snapshot | CasbackupError] = []
+        for copy in copies:
+            try:
+                results.append(self.adopt(copy.manifest, copy.sidecar))
+            except CasbackupError as error:
+                results.append(error)
+                break
+        return results
+
     def finish(self) -> None:
         """End it: what it adopted stays, what else it stored becomes garbage. Ending an ended session is harmless."""
         with self._commit_lock:

@@ -7,7 +7,8 @@ lost       stands for a record that cannot be had, and is parsed like one:
            0 4 magic | 4 4 zero | 8 4 length of the message | 12 4 zero | 16 32 id | 48 16 code of the error, ASCII,
            filled with zeros; then the message, UTF-8
 snapshots  each 0 4 length of the manifest | 4 4 length of the rest; then the manifest as in its file, and the sidecar
-           as in its file. Without a manifest the snapshot is damaged, and the rest is a message, UTF-8
+           as in its file. Without a manifest the snapshot is damaged, and the rest is a message, UTF-8. A length of
+           the manifest of ff ff ff ff: it was refused, and the rest is a problem document
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ READING_HEADER = "Casbackup-Reading"
 _LENGTH = Struct("<8xI")
 _LOST = Struct("<4s4xI4x32s16s")
 _SNAPSHOT = Struct("<II")
+_REFUSED = 0xFFFF_FFFF
 _LOSSES: dict[str, type[DataDamage]] = {e.code: e for e in (BlobMissing, BlobDamaged, PackDamaged, NodeInvalid)}
 _MAX_MESSAGE_BYTES = 4096
 
@@ -54,6 +56,12 @@ class SnapshotFrame(NamedTuple):
 
     manifest: bytes
     sidecar: bytes
+
+
+class RefusedFrame(NamedTuple):
+    """Stands for a snapshot that was refused: the bytes of a problem document."""
+
+    problem: bytes
 
 
 def pack_ids(ids: Iterable[BlobId]) -> bytes:
@@ -151,18 +159,25 @@ def encode_damaged_snapshot(damage: ManifestDamaged) -> bytes:
     return _SNAPSHOT.pack(0, len(message)) + message
 
 
-def decode_snapshots(data: bytes) -> Iterator[SnapshotFrame | ManifestDamaged]:
+def encode_refused_snapshot(problem: bytes) -> bytes:
+    return _SNAPSHOT.pack(_REFUSED, len(problem)) + problem
+
+
+def decode_snapshots(data: bytes) -> Iterator[SnapshotFrame | RefusedFrame | ManifestDamaged]:
     """:raise ServerProtocolError: when it is cut off or too long."""
     position, size = 0, len(data)
     while position < size:
         if size - position < _SNAPSHOT.size:
             raise ServerProtocolError("a snapshot was cut off")
         manifest, rest = _SNAPSHOT.unpack_from(data, position)
+        is_refused, manifest = manifest == _REFUSED, 0 if manifest == _REFUSED else manifest
         middle = position + _SNAPSHOT.size + manifest
         position = middle + rest
         if position > size or manifest > MAX_MANIFEST_BYTES:
             raise ServerProtocolError("a snapshot was cut off")
-        if manifest:
+        if is_refused:
+            yield RefusedFrame(data[middle:position])
+        elif manifest:
             yield SnapshotFrame(data[middle - manifest : middle], data[middle:position])
         else:
             yield ManifestDamaged(data[middle:position].decode(errors="replace"))

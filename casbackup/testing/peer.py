@@ -33,6 +33,7 @@ from casbackup.errors import (
 from casbackup.ids import DEFAULT_NAMESPACE, ZERO_ID, BlobId, DiskName, Namespace, SessionId, SnapshotId, VmName
 from casbackup.limits import SEGMENT_BYTES
 from casbackup.peer.api import Peer, PeerSession
+from casbackup.repository.adoption import Copy
 from casbackup.repository.catalog import Snapshot
 from casbackup.spec.manifest import ConfigRecord, DiskRecord, Manifest, Sidecar, encode_manifest
 from casbackup.spec.node import Extent, encode_inner, encode_leaf, zero_extent
@@ -493,6 +494,24 @@ class PeerConformance:
                 assert _raises(SessionNotFound, partial(session.commit, _manifest([])))
                 assert _raises(SessionNotFound, partial(peer.resume_session, session.id))
             assert _raises(SessionNotFound, lambda: peer.resume_session(SessionId("0" * 32)))
+
+    def check_several_copies_are_adopted_up_to_the_first_that_is_refused(self) -> None:
+        with self._opened() as peer:
+            session = _session(peer)
+            content = stored_disk(session, b"copied" * 1000, make=self._make)
+            drafts = [_foreign(replace(content, time_ms=TIME_MS + n, sequence=n)) for n in range(70)]
+            copies = [Copy(self._copy(draft)[0], Sidecar(pinned=True)) for draft in drafts]
+            assert [s.id for s in session.adopt_all(copies) if isinstance(s, Snapshot)] == [
+                self._copy(draft)[1] for draft in drafts
+            ]
+            assert session.adopt_all([]) == []
+            bad = Copy(self._copy(_foreign(_manifest([("a", 4096, self._make.chunk(b"never sent").id)])))[0])
+            more = Copy(self._copy(_foreign(replace(content, time_ms=TIME_MS + 100)))[0])
+            results = session.adopt_all([copies[0], bad, more])
+            assert [type(result) for result in results] == [Snapshot, ClosureViolation]
+            assert len(peer.snapshots()) == len(drafts)
+            assert all(s.pinned for s in peer.snapshots())
+            session.finish()
 
     def check_a_parked_session_goes_on(self) -> None:
         with self._opened() as peer:

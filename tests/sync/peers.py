@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from casbackup.codec.codec import Codec
-from casbackup.errors import ServerUnreachable
+from casbackup.errors import CasbackupError, ServerUnreachable
 from casbackup.ids import BlobId, Namespace, SessionId, VmName
 from casbackup.peer.api import Peer, PeerSession
 from casbackup.peer.usage import UsageReport
+from casbackup.repository.adoption import Copy
 from casbackup.repository.catalog import Snapshot
 from casbackup.spec.config import RepositoryConfig
-from casbackup.spec.manifest import Sidecar
 from casbackup.spec.record import Record
 from casbackup.store.blobstore import Fetched
 from casbackup.store.writer import StoredBytes
@@ -23,7 +23,6 @@ _IDS_A_QUESTION = 65_536
 _IDS_A_FETCH = 256
 _BYTES_AN_UPLOAD = 4 * 2**20
 
-UNCHANGED = Sidecar()
 Before = Callable[[str], None]
 
 
@@ -129,10 +128,10 @@ class WatchedSession:
         self._watched.cost.sent.update(record.id for record in records)
         self._session.send_soon(records, then)
 
-    def adopt(self, manifest: bytes, sidecar: Sidecar = UNCHANGED) -> Snapshot:
+    def adopt_all(self, copies: Sequence[Copy]) -> list[Snapshot | CasbackupError]:
         self._watched._asked("adopt")
-        self._watched.cost.sent_bytes += len(manifest)
-        return self._session.adopt(manifest, sidecar)
+        self._watched.cost.sent_bytes += sum(len(copy.manifest) for copy in copies)
+        return self._session.adopt_all(copies)
 
     def flush(self) -> None:
         self._session.flush()

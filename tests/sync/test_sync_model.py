@@ -41,6 +41,7 @@ DISKS = [
 CONFIGS = [b"one", b"two"]
 
 WHO = st.integers(0, 1)
+DISK_NUMBERS = st.integers(0, len(DISKS) - 1)  # the disks themselves would be kept as text, in gigabytes
 FILTERS = st.sampled_from(
     [SnapshotFilter(), SnapshotFilter(), SnapshotFilter(last=1), SnapshotFilter(vms=("vm/1",)), SnapshotFilter(last=2)]
 )
@@ -72,9 +73,9 @@ class Model(RuleBasedStateMachine):
 
     # --- what people do
 
-    @rule(who=WHO, vm=st.sampled_from(VMS), disk=st.sampled_from(DISKS), config=st.sampled_from(CONFIGS))
-    def backup(self, who: int, vm: VmName, disk: bytes, config: bytes) -> None:
-        content = {"d": disk, "vm.conf": config}
+    @rule(who=WHO, vm=st.sampled_from(VMS), disk=DISK_NUMBERS, config=st.sampled_from(CONFIGS))
+    def backup(self, who: int, vm: VmName, disk: int, config: bytes) -> None:
+        content = {"d": DISKS[disk], "vm.conf": config}
         made = self.sites[who].backup(content, vm)
         self.contents[made.id] = content
         self.there[who][made.id] = made
@@ -124,7 +125,7 @@ class Model(RuleBasedStateMachine):
             "forget": lambda: self.forget(which % 2, which // 2),
             "sync": lambda: self.copy(who, SnapshotFilter()),
             "sync back": lambda: self.copy(1 - who, SnapshotFilter()),
-            "backup": lambda: self.backup(which % 2, VMS[0], DISKS[which % len(DISKS)], CONFIGS[0]),
+            "backup": lambda: self.backup(which % 2, VMS[0], which % len(DISKS), CONFIGS[0]),
         }
         self.copy(who, chosen, operations, lambda: [actions[other]() for other in others], at_source=at_source)
 
@@ -141,6 +142,7 @@ class Model(RuleBasedStateMachine):
     ) -> None:
         """Copy from one to the other; after so many operations, something happens, once."""
         left = operations
+        meant: set[str] = set()
 
         def before(_what: str) -> None:
             nonlocal left, then
@@ -148,8 +150,14 @@ class Model(RuleBasedStateMachine):
             if left < 0 and then is not None:
                 happens, then = then, None
                 happens()
+                if at_source and not operations:  # the source has not been asked for its snapshots yet
+                    look_what_is_meant()
 
-        meant = {s.id for s in chosen.select(self.sites[who].repository.catalog.all())}
+        def look_what_is_meant() -> None:
+            meant.clear()
+            meant.update(s.id for s in chosen.select(self.sites[who].repository.catalog.all()))
+
+        look_what_is_meant()
         ends = [WatchedPeer(self.sites[number].peer) for number in (who, 1 - who)]
         ends[0 if at_source else 1].before = before
         gone = set(self.there[1 - who])

@@ -10,9 +10,9 @@ from typing import Any
 import urllib3
 from blake3 import blake3
 
-from casbackup.errors import KeyMissing, ManifestDamaged, ServerProtocolError, SnapshotNotFound
+from casbackup.errors import CasbackupError, KeyMissing, ManifestDamaged, ServerProtocolError, SnapshotNotFound
 from casbackup.ids import Namespace, SnapshotId, VmName
-from casbackup.peer.http.snapshots import parse_snapshot, parse_snapshots
+from casbackup.peer.http.snapshots import parse_adopted, parse_snapshot, parse_snapshots
 from casbackup.peer.http.transport import Transport
 from casbackup.repository.catalog import Snapshot
 from casbackup.spec.config import RepositoryConfig, decode_config
@@ -66,6 +66,10 @@ class RemoteRepository:
 
     def snapshot(self, body: bytes) -> Snapshot:
         return parse_snapshot(body, self.origin)
+
+    def adopted(self, body: bytes, count: int) -> list[Snapshot | CasbackupError]:
+        """As ``parse_adopted``."""
+        return parse_adopted(body, count, self.origin)
 
     def request(
         self,

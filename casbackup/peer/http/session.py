@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from casbackup.errors import (
@@ -17,10 +17,11 @@ from casbackup.errors import (
     SessionNotFound,
 )
 from casbackup.ids import ID_BYTES, BlobId, SessionId
-from casbackup.limits import MAX_QUESTION_IDS
+from casbackup.limits import MAX_ADOPTED, MAX_QUESTION_IDS, MAX_REQUEST_BYTES
 from casbackup.peer.http.heartbeat import Heartbeat
 from casbackup.peer.http.repository import RemoteRepository
 from casbackup.peer.http.uploads import Then, Uploads
+from casbackup.repository.adoption import Copy
 from casbackup.repository.catalog import Snapshot
 from casbackup.spec.manifest import Manifest, Sidecar, encode_manifest, encode_sidecar
 from casbackup.spec.record import ID_AT, Record
@@ -89,10 +90,20 @@ class HttpSession:
         return snapshot
 
     def adopt(self, manifest: bytes, sidecar: Sidecar = _UNCHANGED) -> Snapshot:
+        (result,) = self.adopt_all([Copy(manifest, sidecar)])
+        if isinstance(result, CasbackupError):
+            raise result
+        return result
+
+    def adopt_all(self, copies: Sequence[Copy]) -> list[Snapshot | CasbackupError]:
         self._require_attached()
         self._uploads.drain()
-        changed = b"" if sidecar == _UNCHANGED else encode_sidecar(sidecar)
-        return self._remote.snapshot(self._request("POST", "/adopt", encode_snapshot(manifest, changed)))
+        results: list[Snapshot | CasbackupError] = []
+        for batch in _requests_of(copies):
+            results += self._remote.adopted(self._request("POST", "/adopt", b"".join(batch)), len(batch))
+            if isinstance(results[-1], CasbackupError):
+                break
+        return results
 
     def finish(self) -> None:
         if not self._ended:
@@ -184,6 +195,22 @@ class HttpSession:
     def _once(self, method: str, path: str, body: bytes | None, *, is_last_word: bool = False) -> bytes:
         headers = {ATTACHMENT_HEADER: self._attachment}
         return self._remote.request(method, self._path + path, body, headers=headers, is_last_word=is_last_word)
+
+
+def _requests_of(copies: Sequence[Copy]) -> Iterator[list[bytes]]:
+    """The frames of each request."""
+    batch: list[bytes] = []
+    size = 0
+    for copy in copies:
+        sidecar = b"" if copy.sidecar == _UNCHANGED else encode_sidecar(copy.sidecar)
+        frame = encode_snapshot(copy.manifest, sidecar)
+        if batch and (len(batch) == MAX_ADOPTED or size + len(frame) > MAX_REQUEST_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(frame)
+        size += len(frame)
+    if batch:
+        yield batch
 
 
 def known_ids(body: bytes) -> list[BlobId]:

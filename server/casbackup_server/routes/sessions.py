@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, NamedTuple
@@ -9,9 +11,10 @@ from typing import Annotated, NamedTuple
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from casbackup.errors import ClockSkewed, DataDamage, ManifestDamaged, ServerProtocolError
+from casbackup.errors import CasbackupError, ClockSkewed, DataDamage, ManifestDamaged, ServerProtocolError
 from casbackup.ids import SessionId, parse_namespace, parse_vm
 from casbackup.limits import (
+    MAX_ADOPTED,
     MAX_CLOCK_SKEW_MS,
     MAX_KNOWN_IDS,
     MAX_MANIFEST_BYTES,
@@ -20,13 +23,21 @@ from casbackup.limits import (
     MAX_UPLOAD_BYTES,
 )
 from casbackup.spec.manifest import Manifest, Sidecar, decode_manifest, decode_sidecar
-from casbackup.spec.wire import decode_snapshots, pack_flags, pack_ids, unpack_ids
+from casbackup.spec.wire import (
+    RefusedFrame,
+    SnapshotFrame,
+    decode_snapshots,
+    encode_refused_snapshot,
+    pack_flags,
+    pack_ids,
+    unpack_ids,
+)
 from casbackup_server.arrival import check_draft, check_manifest, check_texts, verified_records
 from casbackup_server.context import Attachment, Context, Ctx, SessionPath
 from casbackup_server.isolation import OwnBlobs
 from casbackup_server.known import known_nodes
 from casbackup_server.live import LiveSession
-from casbackup_server.problems import Refusal, responses
+from casbackup_server.problems import Refusal, problem_body, responses, status_of
 from casbackup_server.rights import Right
 from casbackup_server.routes.binary import Binary, body_of, body_of_length, declared_bytes, giving, taking
 from casbackup_server.snapshotframes import frame_of
@@ -178,27 +189,23 @@ async def commit(context: Ctx, session: SessionPath, attachment: Attachment, req
 @router.post(
     "/{session}/adopt",
     response_class=Binary,
-    responses={**responses(404, 409, 410, 507), **giving("The snapshot.")},
-    openapi_extra=taking("A snapshot of another repository.", MAX_REQUEST_BYTES),
+    responses={**responses(404, 409, 410, 507), **giving("The snapshots.")},
+    openapi_extra=taking(f"Snapshots of another repository, {MAX_ADOPTED} at the most.", MAX_REQUEST_BYTES),
 )
 async def adopt(context: Ctx, session: SessionPath, attachment: Attachment, request: Request) -> Response:
-    """Make a copy of another repository's snapshot visible as it is. The session goes on."""
+    """Make copies of another repository's snapshots visible as they are, in their order. The session goes on.
+
+    If a copy is refused, those before it are adopted all the same; the answer ends with why.
+    """
     body = await body_of(request, MAX_REQUEST_BYTES)
 
     def work() -> bytes:
-        copied = _copied(body)
-        for right in (Right.BACKUP, Right.PRUNE):  # its time, number and pin are the sender's
-            context.access.require(right, copied.manifest.namespace, copied.manifest.vm)
+        copies = _copied(body)
+        for copy in copies:
+            for right in (Right.BACKUP, Right.PRUNE):  # its time, number and pin are the sender's
+                context.access.require(right, copy.manifest.namespace, copy.manifest.vm)
         with context.served.live.using(SessionId(session), attachment) as live:
-            own = _own(context, live)
-            if own is not None:
-                own.check_manifest(copied.manifest)
-            try:
-                adopted = live.session.adopt(copied.bytes, copied.sidecar)
-            except DataDamage as damage:
-                raise Refusal(422, damage) from damage
-        context.note("snapshot adopted", session=session, snapshot=adopted.reference, id=adopted.id)
-        return frame_of(context.served.repository, adopted)
+            return b"".join(_adopted(context, live, copies))
 
     return Binary(await context.server.threads.run(work))
 
@@ -247,21 +254,44 @@ class _Copied(NamedTuple):
     sidecar: Sidecar
 
 
-def _copied(body: bytes) -> _Copied:
-    """The one snapshot of a request, checked."""
+def _copied(body: bytes) -> list[_Copied]:
+    """The snapshots of a request, checked."""
     try:
-        frames = list(decode_snapshots(body))
-        if len(frames) != 1:
-            raise ServerProtocolError("the request does not hold exactly one snapshot")
-        if isinstance(frames[0], ManifestDamaged):
-            raise frames[0]
-        manifest, _ = decode_manifest(frames[0].manifest, "in the request")
-        sidecar = decode_sidecar(frames[0].sidecar, "in the request") if frames[0].sidecar else Sidecar()
+        copies = [_copy(frame) for frame in itertools.islice(decode_snapshots(body), MAX_ADOPTED + 1)]
     except ManifestDamaged as damage:
         raise Refusal(422, damage) from damage
+    if not 1 <= len(copies) <= MAX_ADOPTED:
+        raise ServerProtocolError(f"the request does not hold 1 to {MAX_ADOPTED} snapshots")
+    return copies
+
+
+def _copy(frame: SnapshotFrame | RefusedFrame | ManifestDamaged) -> _Copied:
+    """:raise ManifestDamaged: when it is. :raise UsageError: when a limit is exceeded or a name wrong."""
+    if isinstance(frame, ManifestDamaged):
+        raise frame
+    if isinstance(frame, RefusedFrame):
+        raise ServerProtocolError("the request holds what only an answer does")
+    manifest, _ = decode_manifest(frame.manifest, "in the request")
+    sidecar = decode_sidecar(frame.sidecar, "in the request") if frame.sidecar else Sidecar()
     check_manifest(manifest)
     check_texts(sidecar.labels or (), sidecar.notes or "")
-    return _Copied(frames[0].manifest, manifest, sidecar)
+    return _Copied(frame.manifest, manifest, sidecar)
+
+
+def _adopted(context: Context, live: LiveSession, copies: Sequence[_Copied]) -> Iterator[bytes]:
+    """A frame for each that was adopted, and one for the first that was refused."""
+    own = _own(context, live)
+    for copy in copies:
+        try:
+            if own is not None:
+                own.check_manifest(copy.manifest)
+            snapshot = live.session.adopt(copy.bytes, copy.sidecar)
+        except CasbackupError as error:
+            status = 422 if isinstance(error, DataDamage) else status_of(error)
+            yield encode_refused_snapshot(problem_body(status, error))
+            return
+        context.note("snapshot adopted", session=live.session.id, snapshot=snapshot.reference, id=snapshot.id)
+        yield frame_of(context.served.repository, snapshot)
 
 
 def _prepared(context: Context, draft: Manifest, live: LiveSession) -> Manifest:

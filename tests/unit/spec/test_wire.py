@@ -90,3 +90,10 @@ def test_snapshots() -> None:
         if end != 110:
             with pytest.raises(ServerProtocolError):
                 list(wire.decode_snapshots(data[:end]))
+
+
+def test_a_refused_snapshot() -> None:
+    data = wire.encode_snapshot(b"manifest", b"sidecar") + wire.encode_refused_snapshot(b"{}")
+    assert list(wire.decode_snapshots(data)) == [wire.SnapshotFrame(b"manifest", b"sidecar"), wire.RefusedFrame(b"{}")]
+    with pytest.raises(ServerProtocolError):
+        list(wire.decode_snapshots(data[:-1]))
