@@ -499,18 +499,15 @@ class PeerConformance:
         with self._opened() as peer:
             session = _session(peer)
             content = stored_disk(session, b"copied" * 1000, make=self._make)
-            drafts = [_foreign(replace(content, time_ms=TIME_MS + n, sequence=n)) for n in range(70)]
-            copies = [Copy(self._copy(draft)[0], Sidecar(pinned=True)) for draft in drafts]
-            assert [s.id for s in session.adopt_all(copies) if isinstance(s, Snapshot)] == [
-                self._copy(draft)[1] for draft in drafts
-            ]
+            made = [self._copy(_foreign(replace(content, time_ms=TIME_MS + n))) for n in range(71)]
+            *copies, more = [Copy(manifest, Sidecar(pinned=True)) for manifest, _ in made]
+            adopted = [item for item in session.adopt_all(copies) if isinstance(item, Snapshot)]
+            assert [(item.id, item.pinned) for item in adopted] == [(made_id, True) for _, made_id in made[:70]]
             assert session.adopt_all([]) == []
-            bad = Copy(self._copy(_foreign(_manifest([("a", 4096, self._make.chunk(b"never sent").id)])))[0])
-            more = Copy(self._copy(_foreign(replace(content, time_ms=TIME_MS + 100)))[0])
-            results = session.adopt_all([copies[0], bad, more])
-            assert [type(result) for result in results] == [Snapshot, ClosureViolation]
-            assert len(peer.snapshots()) == len(drafts)
-            assert all(s.pinned for s in peer.snapshots())
+            bad = _foreign(_manifest([("a", 4096, self._make.chunk(b"never sent").id)]))
+            results = session.adopt_all([copies[0], Copy(self._copy(bad)[0]), more])
+            assert [type(item) for item in results] == [Snapshot, ClosureViolation]
+            assert {item.id for item in peer.snapshots()} == {item.id for item in adopted}
             session.finish()
 
     def check_a_parked_session_goes_on(self) -> None:
