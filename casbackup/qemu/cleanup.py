@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from casbackup.errors import CasbackupError, QmpCommandFailed, QmpTimeout
-from casbackup.qemu import graph
+from casbackup.qemu import graph, vmstate
 from casbackup.qemu.qmp import QmpClient
 
 PREFIX = "casbackup-"
@@ -98,6 +98,7 @@ def remove_leftovers(qmp: QmpClient) -> bool:
     if _running(qmp, PREFIX) or _is_served(qmp):
         return False
     remove_backup(qmp, PREFIX)
+    vmstate.forget(qmp)
     return True
 
 

@@ -21,6 +21,7 @@ from casbackup.qemu.qmp import QmpClient
 from casbackup.qemu.source import LiveOptions, LiveSource, Mode, Report
 
 COMMAND_LINE = "qemu-command-line"
+MACHINE = "qemu-machine"
 DEVICES = "qemu-devices.json"
 _SAFE_VERSION = 10, 1, 0
 """From here on QEMU itself sees to it that a failed target breaks the backup, not the guest."""
@@ -108,6 +109,9 @@ def _configs(qmp: QmpClient) -> Iterator[tuple[str, bytes]]:
     command = _command_line(qmp.peer.pid)
     if command:
         yield COMMAND_LINE, command
+    machine = _machine_type(qmp)
+    if machine:
+        yield MACHINE, f"{machine}\n".encode()
     devices = list(_devices(qmp))
     if devices:
         yield DEVICES, json.dumps(devices, indent=1).encode() + b"\n"
@@ -122,6 +126,14 @@ def _command_line(pid: int) -> bytes:
         if program.startswith(b"qemu") or program == b"kvm":
             return b"\n".join(arguments) + b"\n"
     return b""
+
+
+def _machine_type(qmp: QmpClient) -> str:
+    """With its version, also where the command line has a name without. Empty if there is no machine."""
+    try:
+        return str(qmp.execute("qom-get", {"path": "/machine", "property": "type"})).removesuffix("-machine")
+    except QmpCommandFailed:
+        return ""
 
 
 def _devices(qmp: QmpClient) -> Iterator[dict[str, Any]]:

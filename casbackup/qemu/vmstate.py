@@ -177,7 +177,7 @@ class _Saver:
         known = {item["capability"]: item["state"] for item in self._qmp.execute("query-migrate-capabilities")}
         disturbing = [name for name, on in known.items() if on and name not in _HARMLESS and name != _BACKGROUND]
         before = dict.fromkeys(disturbing, True)
-        if _BACKGROUND in known:  # nobody keeps it switched on; if it is, a backup was killed together with its sink
+        if _BACKGROUND in known:  # switched off by ``forget`` if it was on
             before[_BACKGROUND] = False
         bandwidth = self._qmp.execute("query-migrate-parameters")["max-bandwidth"]
         self._change(Undo(capabilities=before, max_bandwidth=bandwidth))
@@ -278,6 +278,12 @@ def undo(qmp: QmpClient, what: Undo) -> None:
     with contextlib.suppress(QmpCommandFailed):
         qmp.execute("closefd", {"fdname": _FD_NAME})
     _restore_settings(qmp, what)
+
+
+def forget(qmp: QmpClient) -> None:
+    """Switch off what a backup left on that was killed together with its sink: nobody else keeps it on."""
+    with contextlib.suppress(QmpCommandFailed):  # a storage daemon does not migrate, or somebody is migrating
+        _set_capabilities(qmp, {_BACKGROUND: False})
 
 
 def _require_able(qmp: QmpClient) -> None:

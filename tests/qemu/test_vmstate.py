@@ -25,10 +25,12 @@ from casbackup.errors import (
     VmStateFailed,
     VmStateUnsupported,
 )
-from casbackup.qemu import conductor, vmstate
+from casbackup.qemu import cleanup, conductor, vmstate
+from casbackup.qemu.conductor import ConductedSource
 from casbackup.qemu.control import LiveControl
 from casbackup.qemu.disks import Selection, find_disks
 from casbackup.qemu.features import detect
+from casbackup.qemu.pull import PullSource
 from casbackup.qemu.push import PushSource
 from casbackup.qemu.qmp import QmpClient
 from casbackup.qemu.sink_host import SinkHost
@@ -73,14 +75,15 @@ def take(
     way: StateWay = StateWay.BACKGROUND,
     then: Callable[[], None] | None = None,
     control: LiveControl | None = None,
+    kind: type[ConductedSource] = PushSource,
     **options: Any,
 ) -> tuple[SavedState, Taken]:
-    """A push backup with memory. However it ends, QEMU is as before."""
+    """A backup with memory. However it ends, QEMU is as before."""
     wanted = LiveOptions(freeze=FreezePolicy.NEVER, vmstate=way, **options)
     with guest.qmp() as qmp:
         disks = find_disks(qmp, Selection())
         taken = Taken([disk.size_bytes for disk in disks], then)
-        source = PushSource(qmp, detect(qmp), wanted, control or LiveControl(), print)
+        source = kind(qmp, detect(qmp), wanted, control or LiveControl(), print)
         try:
             instant = source.run([DiskTask(disk, None) for disk in disks], taken)
         finally:
@@ -135,13 +138,16 @@ def test_the_vm_goes_on(guest: BootGuest, place: Path) -> None:
     assert_vm_goes_on(place / "again", list(map(bytes, taken.disks)), bytes(taken.state))
 
 
-@pytest.mark.parametrize("way", [StateWay.BACKGROUND, StateWay.PAUSED])
-def test_the_vm_goes_on_in_a_newer_qemu(place: Path, way: StateWay) -> None:
+@pytest.mark.parametrize(
+    ("way", "kind"),
+    [(StateWay.BACKGROUND, PushSource), (StateWay.BACKGROUND, PullSource), (StateWay.PAUSED, PushSource)],
+)
+def test_the_vm_goes_on_in_a_newer_qemu(place: Path, way: StateWay, kind: type[ConductedSource]) -> None:
     program = newer("qemu-system-x86_64")
     with contextlib.closing(BootGuest(place, program=program)) as guest:
         guest.wait_written(64)
         for _ in range(2):  # the second time after a migration that has ended
-            saved, taken = take(guest, way)
+            saved, taken = take(guest, way, kind=kind)
             assert saved.way is way
             assert_guest_goes_on(guest)
     assert_vm_goes_on(place / "again", list(map(bytes, taken.disks)), bytes(taken.state), program)
@@ -151,6 +157,14 @@ def test_the_paused_way_needs_a_newer_qemu(guest: BootGuest) -> None:
     with pytest.raises(VmStateUnsupported, match=r"needs QEMU 10\.0"):
         take(guest, StateWay.PAUSED)
     assert_guest_goes_on(guest)
+
+
+def test_what_a_backup_left_that_was_killed_with_its_sink(guest: BootGuest) -> None:
+    with guest.qmp() as qmp:
+        on = [{"capability": "background-snapshot", "state": True}]
+        qmp.execute("migrate-set-capabilities", {"capabilities": on})
+        assert cleanup.remove_leftovers(qmp)
+        assert_untouched(qmp)
 
 
 # --- QEMU cannot
