@@ -53,8 +53,7 @@ def unwrap(
     """
     found = next(_found(key_file, origin, identities, passphrases), None)
     if found is None:
-        what = "the passphrase is not the one" if _by_passphrase(key_file) else "no identity given is one"
-        raise PassphraseWrong(f"{what} that opens key {key_file.fingerprint}")
+        raise PassphraseWrong(f"no passphrase or identity that was given opens key {key_file.fingerprint}")
     if found.fingerprint != key_file.fingerprint:
         raise KeyFileDamaged(f"{origin} says that it has key {key_file.fingerprint}, and has {found.fingerprint}")
     return found

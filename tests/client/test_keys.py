@@ -186,8 +186,10 @@ def test_what_init_refuses(bare: Casbackup, folder: Path, options: str) -> None:
     assert not bare.repository.exists() and not folder.exists()
 
 
-def test_a_second_init_makes_no_key(enc: Casbackup) -> None:
-    assert enc.fails(1, "init", "--encrypted", "--no-passphrase")["code"] == "repository-exists"
+def test_an_init_that_cannot_be_makes_no_key(enc: Casbackup) -> None:
+    for path in (enc.repository, enc.folder):
+        error = enc.fails(1, "init", "-r", path, "--encrypted", "--no-passphrase")
+        assert error["code"] == "repository-exists"
     assert len(enc.json("key", "list")["keys"]) == 1
 
 

@@ -98,7 +98,7 @@ def test_a_damaged_way_is_said_to_be_damaged(pair: tuple[Any, str]) -> None:
         opened(file_of(AgeWrapping(pair[1], "no age file")), identities=[pair[0]])
 
 
-def test_an_identity_that_is_none_of_the_recipients(pair: tuple[Any, str]) -> None:
+def test_an_identity_that_is_for_somebody_else(pair: tuple[Any, str]) -> None:
     import pyrage
 
     with pytest.raises(PassphraseWrong, match="identity"):

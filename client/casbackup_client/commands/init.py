@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import click
 
-from casbackup.errors import RepositoryExists, UsageError
+from casbackup.errors import UsageError
 from casbackup_client.app import App
 from casbackup_client.newkeys import Wrap, keep_new_key, warning_lines, wrap_options
 from casbackup_client.options import command, pass_app
@@ -76,7 +75,9 @@ def init(
 
 def _key(app: App, path: str, named: str | None, wrap: Wrap) -> tuple[KeyFile | None, str]:
     """The key's fingerprint, and its file if it is new. It is kept before there is a repository that needs it."""
+    from casbackup.fs import RealFileSystem
     from casbackup.repository.layout import Layout
+    from casbackup.repository.repository import require_free
     from casbackup_client.keys import full_fingerprint
 
     wanted = full_fingerprint(app.keys.ring, named) if named else app.keys.wanted
@@ -84,8 +85,7 @@ def _key(app: App, path: str, named: str | None, wrap: Wrap) -> tuple[KeyFile | 
         if wrap.is_given:
             raise UsageError(f"options for a new key were given, and key {wanted} is to be used")
         return None, wanted
-    if os.path.lexists(Layout(path).config):
-        raise RepositoryExists(f"there is already a repository in {path}")  # before anybody chooses a passphrase
+    require_free(RealFileSystem(), Layout(path))  # before anybody chooses a passphrase
     key_file = keep_new_key(app, wrap)
     return key_file, key_file.fingerprint
 

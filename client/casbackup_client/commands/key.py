@@ -69,10 +69,11 @@ def show(app: App, key: str | None) -> None:
 @click.option("--no-passphrase", is_flag=True, help="Keep the key unprotected, in a file that only its owner can read.")
 @pass_app
 def passwd(app: App, key: str | None, no_passphrase: bool) -> None:
-    """Change a key's passphrase. The key stays, and nothing is encrypted anew; recipients stay, too.
+    """Change a key's passphrase.
 
-    The new passphrase is asked for, or comes from CASBACKUP_NEW_PASSPHRASE. Copies of the key that were made before,
-    also one in a repository, still have the old one: see `key store --replace`.
+    The key stays, and nothing is encrypted anew; recipients stay, too. The new passphrase is asked for, or comes from
+    CASBACKUP_NEW_PASSPHRASE. Copies of the key that were made before, also one in a repository, still have the old one:
+    see `key store --replace`.
     """
     from casbackup.keys.making import with_passphrase
 

@@ -63,10 +63,11 @@ def import_(
     recipients: tuple[str, ...],
     passphrase: bool | None,
 ) -> None:
-    """Add a key to the key folder: from a key file, or from the text of a recovery sheet.
+    """Add a key to the key folder, from a file or a sheet.
 
-    Without FILE it is read from standard input, so a sheet can be typed: case and spacing do not matter, and the group
-    with a mistake is named. A key file stays wrapped as it is; a key from a sheet is wrapped like a new one.
+    FILE is a key file, which stays wrapped as it is; or the text of a recovery sheet, whose key is wrapped like a new
+    one. Without FILE it is read from standard input, so a sheet can be typed: case and spacing do not matter, and the
+    group with a mistake is named.
 
     Compare the fingerprint of a copy from a repository with one that you know: whoever keeps the repository could have
     put another key there.
@@ -93,9 +94,10 @@ def import_(
 )
 @pass_app
 def paper(app: App, key: str | None, output: str | None, kind: str | None) -> None:
-    """Make a recovery sheet to print: the key as text that is safe to type, and as a QR code.
+    """Make a recovery sheet to print.
 
-    The sheet is the key, unprotected. `key import` reads it back. Do not leave the file on a disk.
+    It has the key as text that is safe to type, and as a QR code, unprotected. `key import` reads it back. Do not leave
+    the file on a disk.
     """
     from casbackup.keys.sheet import html_sheet, svg_code, text_sheet
 
@@ -115,7 +117,7 @@ def paper(app: App, key: str | None, output: str | None, kind: str | None) -> No
 @click.option("--replace", is_flag=True, help="Replace the copy that is there; on a server this needs the right admin.")
 @pass_app
 def store(app: App, replace: bool) -> None:
-    """Keep a wrapped copy of a repository's key in the repository itself.
+    """Keep a wrapped copy of a key in its repository.
 
     Whoever has its passphrase can then restore with nothing but the repository. So the passphrase must be one that
     nobody guesses: whoever keeps the repository can try as many as they like.

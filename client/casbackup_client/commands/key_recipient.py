@@ -12,7 +12,9 @@ from casbackup_client.options import CommandGroup, command, global_options, pass
 @click.group("recipient", cls=CommandGroup)
 @global_options
 def recipient() -> None:
-    """Say for whom a key is wrapped: recipients of age (age1..., ssh-ed25519 ..., ssh-rsa ...).
+    """Say for whom a key is wrapped.
+
+    Recipients are those of age: age1..., ssh-ed25519 ..., ssh-rsa ...
 
     \b
     age-keygen -o identity.txt
