@@ -171,6 +171,19 @@ class Repository:
         self.close()
 
 
+def require_free(fs: FileSystem, layout: Layout) -> None:
+    """:raise RepositoryExists: when there is a repository, or anything else that a new one must not be mixed with.
+    :raise TargetUnsuitable: when it is a file.
+    """
+    if fs.exists(layout.config):
+        raise RepositoryExists(f"there is already a repository in {layout.root}")
+    found = {entry.name for entry in fs.list(layout.root)} if _is_folder(fs, layout.root) else set()
+    if {n for n in found - _HALF_MADE if not n.startswith("config.json.")}:
+        raise RepositoryExists(f"{layout.root} is not empty")
+    if any(True for _ in FolderPackStorage(fs, layout.packs).list()):
+        raise RepositoryExists(f"{layout.root} holds packs of a repository whose config.json is missing")
+
+
 def read_config(fs: FileSystem, layout: Layout) -> RepositoryConfig:
     """The repository's configuration, checked.
 
@@ -189,19 +202,6 @@ def read_config_bytes(fs: FileSystem, layout: Layout) -> bytes:
     try:
         return fs.read(layout.config)
     except (FileNotFoundError, NotADirectoryError):
-def require_free(fs: FileSystem, layout: Layout) -> None:
-    """:raise RepositoryExists: when there is a repository, or anything else that a new one must not be mixed with.
-    :raise TargetUnsuitable: when it is a file.
-    """
-    if fs.exists(layout.config):
-        raise RepositoryExists(f"there is already a repository in {layout.root}")
-    found = {entry.name for entry in fs.list(layout.root)} if _is_folder(fs, layout.root) else set()
-    if {n for n in found - _HALF_MADE if not n.startswith("config.json.")}:
-        raise RepositoryExists(f"{layout.root} is not empty")
-    if any(True for _ in FolderPackStorage(fs, layout.packs).list()):
-        raise RepositoryExists(f"{layout.root} holds packs of a repository whose config.json is missing")
-
-
         raise NotARepository(f"{layout.root} is not a casbackup repository") from None
     except OSError as error:
         raise RepositoryReadOnly(f"cannot read {layout.config}: {error.strerror}") from error
