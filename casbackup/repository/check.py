@@ -2,8 +2,9 @@
 
 The structural part reads all manifests and all tree nodes (verified against their ids) and compares the index with
 the packs. Reading data verifies each record's checksum and each blob against its id, and notes when: later checks
-can read just what was not read for long. What is found is marked in the index, so that the next backup heals it if
-it can.
+can read just what was not read for long. In an encrypted repository, seals and ids of what is sealed can only be
+verified with the key (``Repository.unlock``); without it, checksums are all there is to go by. What is found is marked
+in the index, so that the next backup heals it if it can.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from casbackup.errors import PackDamaged
+from casbackup.errors import ManifestDamaged, PackDamaged
 from casbackup.ids import BlobId
 from casbackup.progress import NoProgress, Progress
 from casbackup.repository.catalog import Snapshot
@@ -115,8 +116,21 @@ def _check_manifests(repository: Repository, report: CheckReport) -> list[Snapsh
     for problem in unreadable:
         if not any(finding.message == str(problem) for finding in report.findings):
             report.damage("manifest", str(problem))
+    _check_seals(repository, snapshots, report)
     report.snapshots = len(snapshots)
     return snapshots
+
+
+def _check_seals(repository: Repository, snapshots: Sequence[Snapshot], report: CheckReport) -> None:
+    """With the key: were the manifests made by somebody who has it?"""
+    seal = repository.manifest_seal
+    if seal is None:
+        return
+    for snapshot in snapshots:
+        try:
+            seal.open(snapshot.manifest, f"the manifest of {snapshot.reference}")
+        except ManifestDamaged as error:
+            report.damage(repository.layout.manifest(snapshot.key), str(error))
 
 
 def _check_trees(

@@ -15,7 +15,15 @@ from casbackup.ids import ZERO_ID, BlobId, DiskName
 from casbackup.limits import INDEX_BATCH_ENTRIES
 from casbackup.repository.catalog import Snapshot
 from casbackup.repository.repository import Repository
-from casbackup.spec.indexdb import NO_PACK, STATE_DAMAGED, STATE_OFFSET, STATE_SUSPECT, BlobEntry, decode_entry
+from casbackup.spec.indexdb import (
+    NO_PACK,
+    STATE_DAMAGED,
+    STATE_OFFSET,
+    STATE_SUSPECT,
+    STATE_TOLD_BY_KEY,
+    BlobEntry,
+    decode_entry,
+)
 from casbackup.spec.node import Inner, Leaf, decode_node
 from casbackup.spec.record import BlobKind
 from casbackup.store.index import Transaction
@@ -139,7 +147,9 @@ class DamageMap:
 
 def note_damage(repository: Repository, damaged: Sequence[BlobId], suspects: Sequence[BlobId]) -> None:
     """Mark blobs as damaged (an entry is made if there is none) and nodes above them as suspect. Durable on return."""
-    for state, ids in ((STATE_DAMAGED, damaged), (STATE_SUSPECT, suspects)):
+    has_key = repository.config.encrypted and not repository.codec.is_blind
+    damage = STATE_DAMAGED | STATE_TOLD_BY_KEY if has_key else STATE_DAMAGED
+    for state, ids in ((damage, damaged), (STATE_SUSPECT, suspects)):
         for start in range(0, len(ids), INDEX_BATCH_ENTRIES):
             batch = ids[start : start + INDEX_BATCH_ENTRIES]
 

@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from casbackup.clock import Clock, SystemClock, format_time
-from casbackup.codec.codec import codec_without_key
+from casbackup.codec.codec import codec_without_key, keyed_codec
+from casbackup.codec.master_key import MasterKey
+from casbackup.codec.sealing import ManifestSeal
 from casbackup.errors import (
     CasbackupError,
+    KeyMismatch,
     MigrationNeeded,
     NetworkFileSystem,
     NotARepository,
@@ -62,6 +65,8 @@ class Repository:
         self.read_only = index.read_only
         self.codec = codec_without_key(config.key_fingerprint)
         self.store = BlobStore(index, storage, self.codec)
+        self.manifest_seal: ManifestSeal | None = None
+        """Opens manifests, once ``unlock`` has been called."""
         self.catalog = Catalog(fs, layout, index)
         self.sessions = Sessions(self)
         self._lock = lock
@@ -130,6 +135,19 @@ class Repository:
                 lock.release()
             raise
         return cls(layout, config, index, FolderPackStorage(fs, layout.packs), lock, fs=fs, clock=clock)
+
+    def unlock(self, key: MasterKey) -> None:
+        """From now on, what is sealed is verified with the key, and not by its checksum alone. To be called before
+        anything is read.
+
+        :raise KeyMismatch: when the repository has another key, or none.
+        """
+        if key.fingerprint != self.config.key_fingerprint:
+            own = self.config.key_fingerprint or "(none)"
+            raise KeyMismatch(f"{self.layout.root} has key {own}, this is key {key.fingerprint}")
+        self.codec = keyed_codec(key)
+        self.store = BlobStore(self.index, self.store.storage, self.codec)
+        self.manifest_seal = ManifestSeal(key)
 
     def close(self) -> None:
         """Let go of the index, open packs and the lock. Closing twice is harmless."""

@@ -166,13 +166,13 @@ class Scrubber:
             ids, self._sound = self._sound, []
         if not ids or self._repository.read_only:
             return
-        blobs = self._repository.index.blobs
+        blobs, with_key = self._repository.index.blobs, not self._repository.codec.is_blind
         now_s = self._clock.now_ms() // 1000
 
         def stamp(txn: Transaction) -> None:
             for blob_id in sorted(ids):
                 value = txn.get(blob_id, db=blobs)
                 if value is not None:
-                    txn.put(blob_id, verified_at(value, now_s), db=blobs)
+                    txn.put(blob_id, verified_at(value, now_s, with_key=with_key), db=blobs)
 
         self._repository.index.write(stamp)

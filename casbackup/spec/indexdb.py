@@ -40,6 +40,8 @@ STATE_DAMAGED = 0x01
 """The stored bytes fail their check, or are gone."""
 STATE_SUSPECT = 0x02
 """A tree node with something damaged below it; sent again, it is checked again."""
+STATE_TOLD_BY_KEY = 0x04
+"""Besides ``STATE_DAMAGED``: found with the key of an encrypted repository, so a look without it changes nothing."""
 
 NO_PACK = 0
 
@@ -81,9 +83,15 @@ class PackRow(NamedTuple):
         return data
 
 
-def verified_at(value: bytes | memoryview, now_s: int) -> bytes:
-    """A blob's value with the time of its verification, and no longer damaged; the rest as it is."""
-    state = bytes((value[STATE_OFFSET] & ~STATE_DAMAGED,))
+def verified_at(value: bytes | memoryview, now_s: int, *, with_key: bool = True) -> bytes:
+    """A blob's value with the time of its verification, and no longer damaged; the rest as it is.
+
+    ``with_key``: its content was verified, not only the checksum of something that is sealed.
+    """
+    cleared = STATE_DAMAGED | STATE_TOLD_BY_KEY
+    if not with_key and value[STATE_OFFSET] & STATE_TOLD_BY_KEY:
+        cleared = 0
+    state = bytes((value[STATE_OFFSET] & ~cleared,))
     return b"".join(
         (value[:VERIFIED_OFFSET], _TIME.pack(now_s), value[EPOCH_OFFSET:STATE_OFFSET], state, value[STATE_OFFSET + 1 :])
     )

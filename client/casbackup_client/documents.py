@@ -573,6 +573,8 @@ class CheckDocument(TypedDict):
     """Printed by ``check``."""
 
     damaged: bool
+    verified_by: str
+    """What vouches for data: ``ids``; in an encrypted repository ``key``, or ``checksums`` if it was not at hand."""
     findings: list[FindingDocument]
     affected: list[AffectedDocument]
     snapshots: int

@@ -8,6 +8,7 @@ which key is wanted (``CASBACKUP_KEY``, or ``key`` of the profile) or imports it
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from casbackup.keys.ring import KeyRing
     from casbackup.peer.api import Peer, StoredPeer
     from casbackup.peer.seen import SeenFolder
+    from casbackup.repository.repository import Repository
     from casbackup.spec.config import RepositoryConfig
     from casbackup.spec.keyfile import KeyFile
     from casbackup_client.config_file import Profile
@@ -164,6 +166,20 @@ def unlocked(stored: StoredPeer, place: str, keys: Keys, use: KeyUse, warn: Call
     opened = SealedPeer(stored, key, seen, warn)
     seen.note_key_at(place_of(place), key.fingerprint)
     return opened
+
+
+def unlock_if_at_hand(repository: Repository, keys: Keys) -> None:
+    """Let what is sealed in a repository in a folder be verified with the key, if it is at hand; nobody is asked.
+
+    :raise KeyMismatch: when the user wants another key.
+    """
+    keys.check(repository.config)
+    if not repository.config.encrypted:
+        return
+    from casbackup.peer.local import LocalPeer
+
+    with contextlib.suppress(EncryptionError):
+        repository.unlock(keys.of_repository(LocalPeer(repository), at_hand=True))
 
 
 def note_new(place: str, fingerprint: str) -> None:

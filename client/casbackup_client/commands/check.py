@@ -16,10 +16,13 @@ from casbackup_client.views import counted
 
 if TYPE_CHECKING:
     from casbackup.repository.check import CheckReport
+    from casbackup.repository.repository import Repository
     from casbackup_client.documents import AffectedDocument, CheckDocument
     from casbackup_client.views import View
 
 _MOST_LINES = 20
+_HOW = {"key": ", seals and ids verified with the key", "checksums": ", checksums only, for the key is not at hand"}
+"""Said of an encrypted repository."""
 
 
 @command("check")
@@ -45,30 +48,43 @@ def check(app: App, read_data: bool, subset: float | None, older_than: float | N
     --read-data-subset, --older-than and --time-budget imply --read-data and may be combined; what was
     verified longest ago comes first, so that `check --time-budget 1h` every night gets round in the end.
 
+    If the repository is encrypted and its key is at hand, manifests and what is sealed are verified with it,
+    too: then what somebody without the key has put there is found. Otherwise checksums are verified.
+
     Damage is reported with the VM, snapshot, disk and byte ranges that it affects, remembered so that the
     next backup can heal it, and makes the exit status 4.
     """
     from casbackup.repository.check import CheckOptions
     from casbackup.repository.check import check as run_check
+    from casbackup_client.keys import unlock_if_at_hand
 
     reads = read_data or any(value is not None for value in (subset, older_than, time_budget))
     options = CheckOptions(reads, subset, older_than, time_budget)
     began_s = time.monotonic()
     with app.repository() as repository:
+        unlock_if_at_hand(repository, app.keys)
         alone = contextlib.nullcontext() if repository.read_only else repository.maintenance()
         with alone, app.progress() as progress:
             report = run_check(repository, options, progress)
-    document = _document(report, round((time.monotonic() - began_s) * 1000))
+        verified_by = _verified_by(repository)
+    document = _document(report, verified_by, round((time.monotonic() - began_s) * 1000))
     app.output.result(document, lambda: _view(document, everything=app.verbose), essential=report.damaged)
     if report.damaged:
         raise DamageFound(f"damage was found; it affects {_affected(document['affected'])}")
 
 
-def _document(report: CheckReport, duration_ms: int) -> CheckDocument:
+def _verified_by(repository: Repository) -> str:
+    if not repository.config.encrypted:
+        return "ids"
+    return "checksums" if repository.codec.is_blind else "key"
+
+
+def _document(report: CheckReport, verified_by: str, duration_ms: int) -> CheckDocument:
     from casbackup_client.documenting import affected_documents
 
     return {
         "damaged": report.damaged,
+        "verified_by": verified_by,
         "findings": [
             {"severity": item.severity, "object": item.object, "message": item.message} for item in report.findings
         ],
@@ -113,9 +129,10 @@ def _view(document: CheckDocument, *, everything: bool) -> View:
             ("packs", "pack"),
         )
     )
+    how = _HOW.get(document["verified_by"], "")
     verdict = "DAMAGED" if document["damaged"] else "no damage"
     took = format_duration(document["duration_ms"] / 1000)
-    return [*lines, f"checked {things}{read}{healed}: {verdict}; {took}"]
+    return [*lines, f"checked {things}{read}{healed}{how}: {verdict}; {took}"]
 
 
 def affected_lines(affected: list[AffectedDocument], *, everything: bool) -> list[str]:

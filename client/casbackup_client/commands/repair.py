@@ -69,8 +69,10 @@ def _rebuild(app: App) -> None:
 def _repair(app: App, partner: str | None) -> None:
     from casbackup.repository.repair import repair
     from casbackup_client.documenting import affected_documents
+    from casbackup_client.keys import unlock_if_at_hand
 
     with app.repository() as repository, app.progress() as progress:
+        unlock_if_at_hand(repository, app.keys)
         healed = None if partner is None else _heal(app, repository, partner, progress)
         report = repair(repository, progress)
     document: RepairDocument = {
