@@ -28,6 +28,8 @@ from .test_live import Backups
 pytestmark = pytest.mark.qemu
 KiB, MiB = 1024, 1024 * 1024
 OPTIONS = LiveOptions(freeze=FreezePolicy.NEVER)
+DATA_BYTES = 8 * MiB
+"""Of each disk of a ``Vm``; the rest are holes."""
 
 
 def gather(qmp: QmpClient, mode: Mode = Mode.PULL, control: LiveControl | None = None) -> Gathering:
@@ -59,9 +61,16 @@ def test_two_disks_of_a_running_guest_share_an_instant(newer_guest: BootGuest) -
     assert newer_guest.errors == 0
 
 
+def read_bytes(qemu: Process) -> int:
+    """What a QEMU has read from files so far."""
+    lines = Path(f"/proc/{qemu.process.pid}/io").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("rchar:")).split()[1])
+
+
 def test_what_is_overwritten_is_pushed_and_read_once(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Old data of each cluster is read once: by QEMU before it is overwritten, or by us."""
     before = [path.read_bytes() for path in vm.disks.values()]
+    read_before = read_bytes(vm)
     divert = pull.graph.divert
 
     def divert_and_write(qmp: QmpClient, disks: list[Spliced]) -> None:
@@ -75,6 +84,7 @@ def test_what_is_overwritten_is_pushed_and_read_once(vm: Vm, monkeypatch: pytest
     with vm.qmp() as qmp:
         gathered = gather(qmp)
     assert [bytes(disk) for disk in gathered.disks] == before
+    assert read_bytes(vm) - read_before < 2 * DATA_BYTES + 2 * 64 * KiB, "something was read twice"
     assert vm.disks["a"].read_bytes()[:4096] == b"x" * 4096
     assert vm.errors == 0
 
@@ -238,6 +248,14 @@ def test_a_storage_daemon_has_no_devices(daemon: Daemon) -> None:
         with pytest.raises(LiveUnsupported, match="pull mode is not possible"):
             Machine(qmp, Selection(), OPTIONS, Mode.PULL)
         assert_clean(qmp)
+
+
+def test_an_older_qemu_is_not_trusted(guest: BootGuest) -> None:
+    with guest.qmp() as qmp:
+        if qmp.version >= (8, 0, 0):
+            pytest.skip("the QEMU of the system is new enough")
+        with pytest.raises(LiveUnsupported, match=r"8\.0"):
+            Machine(qmp, Selection(), OPTIONS, Mode.PULL)
 
 
 def test_two_at_once_are_not_possible(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
