@@ -70,4 +70,6 @@ def _recipient(text: str) -> Any:
     try:
         return kind.Recipient.from_str(text.strip())
     except pyrage.RecipientError:
-        raise UsageError(f"{text!r} is no recipient of age: those begin with age1, ssh-ed25519 or ssh-rsa") from None
+        raise UsageError(
+            f"{text!r} is no recipient that can be used: age1... without a plugin, ssh-ed25519 ... or ssh-rsa ..."
+        ) from None

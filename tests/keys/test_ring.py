@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from dataclasses import replace
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from casbackup.codec.master_key import MasterKey
-from casbackup.errors import KeyExists, KeyExposed, KeyFileDamaged, KeyMissing, UsageError
+from casbackup.errors import KeyExists, KeyExposed, KeyFileDamaged, KeyMissing, RepositoryFull, UsageError
+from casbackup.fs import RealFile
 from casbackup.keys.making import key_file_of
-from casbackup.keys.ring import KeyRing
+from casbackup.keys.ring import KeyRing, PrivateFiles
 from casbackup.spec.keyfile import KeyFile
 
 
@@ -94,6 +96,27 @@ def test_a_file_is_replaced_by_the_same_key_only(ring: KeyRing) -> None:
     with pytest.raises(KeyMissing):
         ring.replace(new_file())
     assert stat.S_IMODE(os.stat(ring.path(key_file.fingerprint)).st_mode) == 0o600
+
+
+@pytest.mark.parametrize("step", ["create", "write", "sync", "rename"])
+def test_a_disk_that_is_full_costs_no_key(ring: KeyRing, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    key_file = new_file("the first")
+    ring.add(key_file)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    owner = RealFile if step in ("write", "sync") else PrivateFiles
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, step, full)
+        patched.setattr(owner, "rename_new", full, raising=False)
+        with pytest.raises(RepositoryFull, match=key_file.fingerprint):
+            ring.replace(replace(key_file, comment="the second"))
+        other = new_file()
+        with pytest.raises(RepositoryFull, match=other.fingerprint):
+            ring.add(other)
+    assert ring.read(key_file.fingerprint) == key_file
+    assert os.listdir(ring.folder) == [f"{key_file.fingerprint}.json"]
 
 
 def test_a_file_called_after_another_key_is_refused(ring: KeyRing) -> None:
