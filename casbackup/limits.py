@@ -91,7 +91,9 @@ MAX_HTTP_RANGES = 64
 """Ranges in one request for a disk."""
 
 MAX_REST_READERS = 64
-"""Downloads from one repository at a time over REST; further ones are told to come later."""
+"""Downloads from one repository at a time over REST; further ones are told to come later. A comparison of snapshots is
+two.
+"""
 
 MAX_REST_EXPORTS = 2
 """Exports of one server at a time over REST; each has up to 96 MiB of buffers."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from casbackup.ids import ZERO_ID, BlobId, DiskName
+from casbackup.ids import BlobId, DiskName
 from casbackup.peer.api import Peer
-from casbackup.peer.disk import fetch_nodes
 from casbackup.repository.catalog import Snapshot
-from casbackup.tree.diff import Disk, Range, diff
+from casbackup.tree.diff import Range
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +39,7 @@ def diff_snapshots(peer: Peer, old: Snapshot, new: Snapshot, only: Sequence[str]
     found: list[DiskDifference] = []
     for name in sorted({*old_disks, *new_disks}):
         a, b = old_disks.get(name), new_disks.get(name)
-        ranges = diff(
-            Disk(a.root, a.size_bytes) if a else Disk(ZERO_ID, 0),
-            Disk(b.root, b.size_bytes) if b else Disk(ZERO_ID, 0),
-            lambda ids: fetch_nodes(peer, ids),
-        )
+        ranges = peer.differing(old, new, name)
         sizes = (a.size_bytes if a else None), (b.size_bytes if b else None)
         found.append(DiskDifference(name, *sizes, tuple(ranges)))
     return SnapshotDifference(tuple(found), _differing_configs(old, new))

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from casbackup.codec.codec import Codec
 from casbackup.errors import CasbackupError, ManifestDamaged
-from casbackup.ids import BlobId, Namespace, SessionId, VmName
+from casbackup.ids import BlobId, DiskName, Namespace, SessionId, VmName
 from casbackup.peer.usage import UsageReport
 from casbackup.repository.adoption import Copy
 from casbackup.repository.catalog import Snapshot
@@ -19,6 +19,7 @@ from casbackup.spec.manifest import Manifest, Sidecar
 from casbackup.spec.record import Record
 from casbackup.store.blobstore import Fetched
 from casbackup.store.writer import StoredBytes
+from casbackup.tree.diff import Range
 
 
 class PeerSession(Protocol):
@@ -132,6 +133,13 @@ class Peer(Protocol):
         place.
 
         Records are not verified here: whoever decodes one verifies it against its id.
+        """
+
+    def differing(self, old: Snapshot, new: Snapshot, disk: DiskName) -> Sequence[Range]:
+        """Where that disk of two snapshots may differ, in order, merged, as fine as chunks; outside of these ranges it
+        is equal, byte for byte. A snapshot that lacks the disk counts as having one of no bytes.
+
+        :raise DataDamage: when that cannot be told.
         """
 
     def reading(self, snapshot: Snapshot) -> AbstractContextManager[None]:

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 
 from casbackup.codec.codec import Codec
 from casbackup.errors import ManifestDamaged
-from casbackup.ids import BlobId, Namespace, SessionId, VmName
+from casbackup.ids import BlobId, DiskName, Namespace, SessionId, VmName
+from casbackup.peer.differing import walked_ranges
 from casbackup.peer.usage import UsageReport, usage_of
 from casbackup.repository.catalog import Snapshot
 from casbackup.repository.repository import Repository
@@ -15,6 +16,7 @@ from casbackup.repository.sessions import Session, reading
 from casbackup.repository.stored_key import read_stored_key, write_stored_key
 from casbackup.spec.config import RepositoryConfig
 from casbackup.store.blobstore import Fetched
+from casbackup.tree.diff import Range
 
 
 class LocalPeer:
@@ -55,6 +57,9 @@ class LocalPeer:
 
     def fetch(self, ids: Sequence[BlobId]) -> Iterator[Fetched]:
         return self.repository.store.fetch(ids)
+
+    def differing(self, old: Snapshot, new: Snapshot, disk: DiskName) -> list[Range]:
+        return list(walked_ranges(self, old, new, disk))
 
     def reading(self, snapshot: Snapshot) -> AbstractContextManager[None]:
         return reading(self.repository, snapshot)

@@ -10,8 +10,9 @@ from casbackup.codec.codec import Codec, keyed_codec
 from casbackup.codec.master_key import MasterKey
 from casbackup.codec.sealing import ManifestSeal
 from casbackup.errors import CasbackupError, CommitOutdated, KeyMismatch, ManifestDamaged, SnapshotRolledBack
-from casbackup.ids import BlobId, Namespace, SessionId, VmName
+from casbackup.ids import BlobId, DiskName, Namespace, SessionId, VmName
 from casbackup.peer.api import Peer, PeerSession
+from casbackup.peer.differing import walked_ranges
 from casbackup.peer.seen import FORGETFUL, Seen, SeenSnapshots
 from casbackup.peer.usage import UsageReport
 from casbackup.repository.adoption import Copy
@@ -21,6 +22,7 @@ from casbackup.spec.manifest import Manifest, Sidecar, decode_manifest, encode_m
 from casbackup.spec.record import Record
 from casbackup.store.blobstore import Fetched
 from casbackup.store.writer import StoredBytes
+from casbackup.tree.diff import Range
 
 _COMMIT_TRIES = 8
 """Other clients may back up the same VM, each of their snapshots in a moment."""
@@ -101,6 +103,10 @@ class SealedPeer:
 
     def fetch(self, ids: Sequence[BlobId]) -> Iterator[Fetched]:
         return self._peer.fetch(ids)
+
+    def differing(self, old: Snapshot, new: Snapshot, disk: DiskName) -> list[Range]:
+        """Found here: a server without the key is not relied on for that."""
+        return list(walked_ranges(self, old, new, disk))
 
     def reading(self, snapshot: Snapshot) -> AbstractContextManager[None]:
         return self._peer.reading(snapshot)

@@ -37,6 +37,7 @@ VERSION = "v1"
 
 BINARY = "application/octet-stream"
 PROBLEM = "application/problem+json"
+LINES = "application/x-ndjson"
 
 ATTACHMENT_HEADER = "Casbackup-Attachment"
 """Names who is attached to a session: 32 hexadecimal digits that the client chose."""

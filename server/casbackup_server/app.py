@@ -15,7 +15,18 @@ from casbackup import __version__
 from casbackup_server import problems
 from casbackup_server.guard import PREFIX, Guard
 from casbackup_server.localnames import LocalNames
-from casbackup_server.routes import browsing, disks, exports, health, jobs, manifests, reading, repositories, sessions
+from casbackup_server.routes import (
+    browsing,
+    diffs,
+    disks,
+    exports,
+    health,
+    jobs,
+    manifests,
+    reading,
+    repositories,
+    sessions,
+)
 from casbackup_server.served import Host, Server
 
 _LOOK_S = 5.0
@@ -54,7 +65,7 @@ def create_gateway(host: Host) -> FastAPI:
     return app
 
 
-_RESTORING = (browsing, disks, exports)
+_RESTORING = (browsing, diffs, disks, exports)
 
 
 def _application(

@@ -96,6 +96,7 @@ def calls(running: Running) -> dict[str, Call]:
         "disk": Call("GET", f"/snapshots/{snapshot.id}/disks/scsi0", b"", restore),
         "disk-head": Call("HEAD", f"/snapshots/{snapshot.id}/disks/scsi0", b"", restore),
         "config-content": Call("GET", f"/snapshots/{snapshot.id}/configs/vm.conf", b"", restore),
+        "diff": Call("GET", f"/snapshots/{snapshot.id}/diff?to={snapshot.id}", b"", restore),
         "export": Call("GET", f"/snapshots/{snapshot.id}/export?format=vma", b"", restore),
         "job-start": Call("POST", "/jobs", json_of(task="gc"), admin),
         "jobs": Call("GET", "/jobs", b"", prune),

@@ -9,7 +9,7 @@ from typing import Any
 
 from casbackup.codec.codec import Codec
 from casbackup.errors import CasbackupError, ServerUnreachable
-from casbackup.ids import BlobId, Namespace, SessionId, VmName
+from casbackup.ids import BlobId, DiskName, Namespace, SessionId, VmName
 from casbackup.peer.api import Peer, PeerSession
 from casbackup.peer.usage import UsageReport
 from casbackup.repository.adoption import Copy
@@ -18,6 +18,7 @@ from casbackup.spec.config import RepositoryConfig
 from casbackup.spec.record import Record
 from casbackup.store.blobstore import Fetched
 from casbackup.store.writer import StoredBytes
+from casbackup.tree.diff import Range
 
 _IDS_A_QUESTION = 65_536
 _IDS_A_FETCH = 256
@@ -84,6 +85,10 @@ class WatchedPeer:
             if isinstance(record, Record):
                 self.cost.received_bytes += record.total_bytes
             yield blob_id, record
+
+    def differing(self, old: Snapshot, new: Snapshot, disk: DiskName) -> Sequence[Range]:
+        self._asked("differing")
+        return self._peer.differing(old, new, disk)
 
     @contextlib.contextmanager
     def reading(self, snapshot: Snapshot) -> Iterator[None]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from urllib.parse import urlencode
 
 from casbackup.codec.codec import Codec, codec_without_key
 from casbackup.errors import CasbackupError, ManifestDamaged, ServerProtocolError, ServerUnreachable
-from casbackup.ids import BlobId, Namespace, SessionId, SnapshotId, VmName
+from casbackup.ids import BlobId, DiskName, Namespace, SessionId, SnapshotId, VmName
 from casbackup.limits import MAX_FORGET
 from casbackup.peer.http.address import Address
+from casbackup.peer.http.diffs import read_diff
 from casbackup.peer.http.heartbeat import Heartbeat
 from casbackup.peer.http.patience import PATIENCE_S
 from casbackup.peer.http.repository import RemoteRepository
@@ -21,6 +23,7 @@ from casbackup.spec.config import RepositoryConfig
 from casbackup.spec.manifest import encode_manifest
 from casbackup.spec.wire import READING_HEADER, FrameParser, pack_ids
 from casbackup.store.blobstore import Fetched
+from casbackup.tree.diff import Range
 
 _FETCH_IDS = 256
 """Ids of one request: the chunks of about four segments."""
@@ -96,6 +99,16 @@ class HttpPeer:
     def fetch(self, ids: Sequence[BlobId]) -> Iterator[Fetched]:
         for start in range(0, len(ids), _FETCH_IDS):
             yield from self._fetch(ids[start : start + _FETCH_IDS])
+
+    def differing(self, old: Snapshot, new: Snapshot, disk: DiskName) -> list[Range]:
+        """Found by the server: a round trip, and some bytes for each range."""
+        query = [("to", new.id), ("disk", disk)]
+        path = f"{self._remote.path}/snapshots/{old.id}/diff?{urlencode(query)}"
+        return [
+            item
+            for found in self._transport.patiently(lambda: read_diff(self._transport, path))
+            for item in found.ranges
+        ]
 
     @contextlib.contextmanager
     def reading(self, snapshot: Snapshot) -> Iterator[None]:

@@ -26,7 +26,7 @@ class RemoteRepository:
 
     def __init__(self, transport: Transport, name: str) -> None:
         self.transport = transport
-        self._path = f"/{VERSION}/repositories/{name}"
+        self.path = f"/{VERSION}/repositories/{name}"
         self.origin = f"{transport.name}/{name}"
 
     def config(self) -> RepositoryConfig:
@@ -82,7 +82,7 @@ class RemoteRepository:
         is_last_word: bool = False,
     ) -> bytes:
         return self.transport.request(
-            method, self._path + path, body, headers=headers, query=query, is_last_word=is_last_word
+            method, self.path + path, body, headers=headers, query=query, is_last_word=is_last_word
         )
 
     def ask(self, path: str, content: object) -> dict[str, Any]:
@@ -94,12 +94,12 @@ class RemoteRepository:
 
     def ask_binary(self, path: str, content: object) -> bytes:
         body = json.dumps(content).encode()
-        return self.transport.request("POST", self._path + path, body, content_type=_JSON)
+        return self.transport.request("POST", self.path + path, body, content_type=_JSON)
 
     def stream(
         self, method: str, path: str, body: bytes, headers: Mapping[str, str]
     ) -> contextlib.AbstractContextManager[urllib3.BaseHTTPResponse]:
-        return self.transport.stream(method, self._path + path, body, headers=headers)
+        return self.transport.stream(method, self.path + path, body, headers=headers)
 
 
 def _object(body: bytes) -> dict[str, Any]:

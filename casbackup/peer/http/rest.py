@@ -18,6 +18,7 @@ from urllib.parse import quote, urlencode
 
 from casbackup.errors import ServerProtocolError, ServerUnreachable
 from casbackup.peer.http.address import Address
+from casbackup.peer.http.diffs import RestDiskDifference, read_diff
 from casbackup.peer.http.patience import PATIENCE_S
 from casbackup.peer.http.transport import ANONYMOUS, Credentials, Transport
 from casbackup.spec.wire import VERSION
@@ -176,6 +177,15 @@ class RestClient:
         with self._transport.stream("GET", f"{self._path}/snapshots/{snapshot.id}/export?{urlencode(query)}") as answer:
             while piece := answer.read(_PIECE_BYTES):
                 yield piece
+
+    def diff(self, old: RestSnapshot, new: RestSnapshot, *, disks: Sequence[str] = ()) -> list[RestDiskDifference]:
+        """Where the disks of two snapshots may differ; ``disks``: only these.
+
+        :raise DataDamage: when that cannot be told.
+        """
+        query = [("to", new.id), *(("disk", disk) for disk in disks)]
+        path = f"{self._path}/snapshots/{old.id}/diff?{urlencode(query)}"
+        return self._transport.patiently(lambda: read_diff(self._transport, path))
 
     # --- jobs
 
