@@ -14,6 +14,7 @@ from casbackup.errors import MountpointUnusable, ToolMissing, UsageError
 from casbackup_client.app import App
 from casbackup_client.caching import cache_option, parse_cache
 from casbackup_client.options import command, pass_app
+from casbackup_client.signals import leave_soon
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -70,6 +71,7 @@ def mount(app: App, places: tuple[str, ...], allow_other: bool, cache: str | Non
         files = stack.enter_context(OpenFiles(pool, app.output.complain))
         operations = fusefs.SnapshotFiles(tree, files, SystemClock(), app.output.complain, for_all=allow_other)
         fusefs.serve(operations, folder)
+        leave_soon()  # libfuse has had the signal
 
 
 def _require_mountable(folder: str) -> None:

@@ -74,7 +74,7 @@ def nbd_serve(
     cache_bytes = parse_cache(cache)
     from casbackup.peer.served import ReadPool, ServedSnapshot
 
-    with app.peer(outlives_signals=True) as peer:
+    with app.peer(outlives_signals=vm is not None) as peer:
         snapshot = peer.find(reference, app.namespace)
         disks = _chosen(snapshot, names)
         if vm is not None:
