@@ -17,7 +17,7 @@ from casbackup.buffers import aligned_buffer
 from casbackup.codec.hashing import IdKeys
 from casbackup.errors import DataDamage, SnapshotNotFound, VmStateMissing
 from casbackup.fs import Buffer
-from casbackup.ids import BlobId
+from casbackup.ids import ZERO_ID, BlobId
 from casbackup.limits import SEGMENT_BYTES
 from casbackup.peer.api import Peer
 from casbackup.peer.disk import fetch_nodes, verified
@@ -31,6 +31,8 @@ from casbackup.tree.reader import DiskTree, Segment
 from casbackup.workers import run_workers, worker_count
 
 _ZEROS = bytes(SEGMENT_BYTES)
+_MANY_EXTENTS = 512
+"""Of so many, as the memory of a VM has them, each is too small to be written by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +137,26 @@ class _Restore:
             self._zero(segment.offset, segment.length, scratch)
         elif self._options.in_place:
             self._differing(segment, scratch[: segment.length])
-        else:
+        elif len(segment.extents) < _MANY_EXTENTS or not self._write_as_one(segment):
             self._write(list(_placed(segment)))
+
+    def _write_as_one(self, segment: Segment) -> bool:
+        """Gather a segment, then write it. False when not all of its chunks can be had: nothing was written then."""
+        buffer = memoryview(bytearray(segment.length))
+        places: dict[BlobId, list[tuple[int, Extent]]] = {}
+        for offset, extent in _placed(segment):
+            places.setdefault(extent.id, []).append((offset - segment.offset, extent))
+        zero_bytes = sum(extent.length for _, extent in places.pop(ZERO_ID, ()))
+        for chunk, record in self._peer.fetch(list(places)):
+            plain = verified(self._peer.codec, record)
+            if isinstance(plain, DataDamage):
+                return False
+            view = memoryview(plain)
+            for start, (length, skip, _id) in places[chunk]:
+                buffer[start : start + length] = view[skip : skip + length]
+        self._target.write(segment.offset, buffer)
+        self._count(written_bytes=segment.length - zero_bytes, zero_bytes=zero_bytes)
+        return True
 
     def _write(self, pieces: list[tuple[int, Extent]]) -> None:
         """Fetch the chunks of these extents and write them; zero extents as well, where that is needed."""
