@@ -1,13 +1,15 @@
 """The restore job: walk a disk's tree, fetch chunks in pack order, verify each against its id, write it where it
 belongs.
 
-Threads take whole segments. Zeros are not written to a target that is known to be zero. With ``in_place`` the
-target is read first and only what differs is fetched and written; with ``best_effort`` lost ranges become zeros
-and are reported.
+Threads take windows of a few whole segments, whose chunks are fetched together: a server is asked less often, and
+sends on while the first of them are decoded. Zeros are not written to a target that is known to be zero. With
+``in_place`` the target is read first and only what differs is fetched and written; with ``best_effort`` lost ranges
+become zeros and are reported.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +35,11 @@ from casbackup.workers import run_workers, worker_count
 _ZEROS = bytes(SEGMENT_BYTES)
 _MANY_EXTENTS = 512
 """Of so many, as the memory of a VM has them, each is too small to be written by itself."""
+_WINDOW = 4
+"""Segments that a thread takes at once."""
+
+_Piece = tuple[int, Extent]
+"""An extent, and where it belongs on the disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,31 +126,35 @@ class _Restore:
             scratch = memoryview(aligned_buffer(SEGMENT_BYTES)) if self._options.in_place else memoryview(b"")
             while not stop.is_set():
                 with self._lock:
-                    segment = next(segments, None)
-                if segment is None:
+                    window = list(itertools.islice(segments, _WINDOW))
+                if not window:
                     return
-                self._segment(segment, scratch)
-                self._progress.advance(done=segment.length)
+                self._write([piece for segment in window for piece in self._wanted(segment, scratch)])
+                self._progress.advance(done=sum(segment.length for segment in window))
 
         run_workers(work, worker_count())
         self._progress.finish()
         self._report.lost = list(merged(sorted(self._report.lost)))
         return self._report
 
-    def _segment(self, segment: Segment, scratch: memoryview) -> None:
+    def _wanted(self, segment: Segment, scratch: memoryview) -> list[_Piece]:
+        """What must be written of a segment that has extents; others are dealt with here."""
         if segment.damage is not None:
             self._lose(segment.offset, segment.length, segment.damage)
-        elif segment.extents is None:
+            return []
+        if segment.extents is None:
             self._zero(segment.offset, segment.length, scratch)
-        elif self._options.in_place:
-            self._differing(segment, scratch[: segment.length])
-        elif len(segment.extents) < _MANY_EXTENTS or not self._write_as_one(segment):
-            self._write(list(_placed(segment)))
+            return []
+        if self._options.in_place:
+            return self._differing(segment, scratch[: segment.length])
+        if len(segment.extents) >= _MANY_EXTENTS and self._write_as_one(segment):
+            return []
+        return list(_placed(segment))
 
     def _write_as_one(self, segment: Segment) -> bool:
         """Gather a segment, then write it. False when not all of its chunks can be had: nothing was written then."""
         buffer = memoryview(bytearray(segment.length))
-        places: dict[BlobId, list[tuple[int, Extent]]] = {}
+        places: dict[BlobId, list[_Piece]] = {}
         for offset, extent in _placed(segment):
             places.setdefault(extent.id, []).append((offset - segment.offset, extent))
         zero_bytes = sum(extent.length for _, extent in places.pop(ZERO_ID, ()))
@@ -158,9 +169,9 @@ class _Restore:
         self._count(written_bytes=segment.length - zero_bytes, zero_bytes=zero_bytes)
         return True
 
-    def _write(self, pieces: list[tuple[int, Extent]]) -> None:
+    def _write(self, pieces: list[_Piece]) -> None:
         """Fetch the chunks of these extents and write them; zero extents as well, where that is needed."""
-        places: dict[BlobId, list[tuple[int, Extent]]] = {}
+        places: dict[BlobId, list[_Piece]] = {}
         for offset, extent in pieces:
             if extent.is_zero:
                 self._zero(offset, extent.length, memoryview(b""))
@@ -179,10 +190,10 @@ class _Restore:
         self._target.write(offset, plain if whole else memoryview(plain)[extent.skip : extent.skip + extent.length])
         self._count(written_bytes=extent.length)
 
-    def _differing(self, segment: Segment, present: memoryview) -> None:
-        """Compare the target with the extents by hash, and write only those that differ."""
+    def _differing(self, segment: Segment, present: memoryview) -> list[_Piece]:
+        """Compare the target with the extents by hash; zeros that it lacks are written here."""
         self._target.read_into(segment.offset, present)
-        different: list[tuple[int, Extent]] = []
+        different: list[_Piece] = []
         for offset, extent in _placed(segment):
             start = offset - segment.offset
             if _holds(present[start : start + extent.length], extent, self._peer.codec.ids):
@@ -191,7 +202,7 @@ class _Restore:
                 self._write_zeros(offset, extent.length)
             else:
                 different.append((offset, extent))
-        self._write(different)
+        return different
 
     def _zero(self, offset: int, length: int, scratch: memoryview) -> None:
         if self._options.target_is_zero:
@@ -233,7 +244,7 @@ class _Restore:
             self._report.zero_bytes += zero_bytes
 
 
-def _placed(segment: Segment) -> Iterator[tuple[int, Extent]]:
+def _placed(segment: Segment) -> Iterator[_Piece]:
     """The extents of a leaf with their offsets on the disk."""
     offset = segment.offset
     for extent in segment.extents or ():

@@ -21,7 +21,7 @@ from casbackup.spec.indexdb import (
     decode_pack_row,
     pack_key,
 )
-from casbackup.spec.record import HEADER_BYTES, Record, parse_header
+from casbackup.spec.record import CHECKED_BYTES, HEADER_BYTES, Record, pack_checked, parse_header
 from casbackup.store.index import Index, Transaction
 from casbackup.store.packstorage import PackStorage
 
@@ -30,6 +30,11 @@ _MAX_GAP_BYTES = 32 * 1024
 _MAX_READ_BYTES = 4 * 1024 * 1024
 
 Fetched = tuple[BlobId, Record | DataDamage]
+
+Lost = tuple[BlobId, DataDamage]
+
+Stored = Buffer | Lost
+"""Records back to back, or one that cannot be had."""
 
 
 class Location(NamedTuple):
@@ -43,6 +48,40 @@ class Location(NamedTuple):
     @property
     def end(self) -> int:
         return self.offset + HEADER_BYTES + self.entry.stored_length
+
+
+class _Run(NamedTuple):
+    """Records that were read together: where they should be, and the bytes from the first one to the last one."""
+
+    places: Sequence[Location]
+    data: memoryview
+
+    def records(self) -> Iterator[Fetched]:
+        for location, record in self._cut():
+            yield location.id, _parsed(location, record)
+
+    def stretches(self) -> Iterator[Stored]:
+        """The same bytes with nothing between records that touch; only the parts of headers that the index has as well
+        are looked at.
+        """
+        start = end = 0
+        for location, record in self._cut():
+            at = location.offset - self.places[0].offset
+            if record[:CHECKED_BYTES] != _checked(location):
+                yield location.id, _not_there(location)
+                continue
+            if at != end:
+                if start < end:
+                    yield self.data[start:end]
+                start = at
+            end = at + len(record)
+        if start < end:
+            yield self.data[start:end]
+
+    def _cut(self) -> Iterator[tuple[Location, memoryview]]:
+        base = self.places[0].offset
+        for location in self.places:
+            yield location, self.data[location.offset - base : location.end - base]
 
 
 class BlobStore:
@@ -78,14 +117,19 @@ class BlobStore:
         A blob that cannot be had comes as the error that says why. Records are parsed, not verified: decoding one
         verifies it against its id.
         """
-        vanished: list[BlobId] = []
-        yield from self._fetch_once(ids, vanished)
-        if vanished:
-            # A repack moved them between the look-up and the read: their new place is in the index by now.
-            still: list[BlobId] = []
-            yield from self._fetch_once(vanished, still)
-            for blob_id in still:
-                yield blob_id, BlobMissing(f"the pack that holds blob {blob_id.hex()[:16]} is gone")
+        for item in self._fetch(ids):
+            if isinstance(item, _Run):
+                yield from item.records()
+            else:
+                yield item
+
+    def fetch_stored(self, ids: Sequence[BlobId]) -> Iterator[Stored]:
+        """``fetch`` for whoever passes records on as they are stored: neighbours come in one piece, up to 4 MiB."""
+        for item in self._fetch(ids):
+            if isinstance(item, _Run):
+                yield from item.stretches()
+            else:
+                yield item
 
     def read(self, blob_id: BlobId) -> Buffer:
         """The verified plain bytes of one blob.
@@ -118,36 +162,45 @@ class BlobStore:
         with self.index.read() as txn:
             return pack_rows_in(txn, self.index)
 
-    def _fetch_once(self, ids: Sequence[BlobId], vanished: list[BlobId]) -> Iterator[Fetched]:
+    def _fetch(self, ids: Sequence[BlobId]) -> Iterator[_Run | Lost]:
+        vanished: list[BlobId] = []
+        yield from self._fetch_once(ids, vanished)
+        if vanished:
+            # A repack moved them between the look-up and the read: their new place is in the index by now.
+            still: list[BlobId] = []
+            yield from self._fetch_once(vanished, still)
+            for blob_id in still:
+                yield blob_id, BlobMissing(f"the pack that holds blob {blob_id.hex()[:16]} is gone")
+
+    def _fetch_once(self, ids: Sequence[BlobId], vanished: list[BlobId]) -> Iterator[_Run | Lost]:
         """Yields what can be read or is known to be lost; appends to ``vanished`` the ids whose pack is not there."""
         locations, lost = self._locate(ids)
         for blob_id in lost:
             yield blob_id, BlobMissing(f"blob {blob_id.hex()[:16]} is not in the repository")
-        for run in _runs(sorted(locations)):
+        for places in _neighbours(sorted(locations)):
             try:
-                data = self.storage.read(run[0].pack, run[0].offset, run[-1].end - run[0].offset)
+                yield self._read(places)
             except KeyError:
-                vanished += [location.id for location in run]
-                continue
+                vanished += [location.id for location in places]
             except (PackDamaged, OSError) as error:
-                yield from self._one_by_one(run, error, vanished)
-                continue
-            view = memoryview(data)
-            for location in run:
-                start = location.offset - run[0].offset
-                yield location.id, _parsed(location, view[start : start + location.end - location.offset])
+                yield from self._one_by_one(places, error, vanished)
 
-    def _one_by_one(self, run: Sequence[Location], error: Exception, vanished: list[BlobId]) -> Iterator[Fetched]:
+    def _one_by_one(
+        self, places: Sequence[Location], error: Exception, vanished: list[BlobId]
+    ) -> Iterator[_Run | Lost]:
         """A read over several records failed: find out which of them it was."""
-        for location in run:
+        for location in places:
             try:
-                data = self.storage.read(location.pack, location.offset, location.end - location.offset)
-                yield location.id, _parsed(location, memoryview(data))
+                yield self._read([location])
             except KeyError:
                 vanished.append(location.id)
             except (PackDamaged, OSError) as own:
-                reason = own if len(run) > 1 else error
+                reason = own if len(places) > 1 else error
                 yield location.id, BlobDamaged(f"blob {location.id.hex()[:16]} cannot be read: {reason}")
+
+    def _read(self, places: Sequence[Location]) -> _Run:
+        start = places[0].offset
+        return _Run(places, memoryview(self.storage.read(places[0].pack, start, places[-1].end - start)))
 
     def _locate(self, ids: Sequence[BlobId]) -> tuple[list[Location], list[BlobId]]:
         locations: list[Location] = []
@@ -183,7 +236,7 @@ def is_damaged(entry: BlobEntry) -> bool:
     return bool(entry.state & STATE_DAMAGED)
 
 
-def _runs(locations: Sequence[Location]) -> Iterator[list[Location]]:
+def _neighbours(locations: Sequence[Location]) -> Iterator[list[Location]]:
     """Group sorted locations so that each group is worth one read."""
     run: list[Location] = []
     for location in locations:
@@ -202,9 +255,19 @@ def _runs(locations: Sequence[Location]) -> Iterator[list[Location]]:
 def _parsed(location: Location, data: memoryview) -> Record | BlobDamaged:
     header = parse_header(data)
     if header is None or header.id != location.id or header.stored_length != len(data) - HEADER_BYTES:
-        return BlobDamaged(
-            f"blob {location.id.hex()[:16]} is not where the index says (pack {location.pack}, byte {location.offset})"
-        )
+        return _not_there(location)
     return Record(
         header.id, header.kind, header.flags, header.plain_length, bytes(data[:HEADER_BYTES]), data[HEADER_BYTES:]
+    )
+
+
+def _checked(location: Location) -> bytes:
+    """What a record's header begins with, if it is there."""
+    entry = location.entry
+    return pack_checked(entry.kind, entry.flags, entry.stored_length, entry.plain_length, location.id)
+
+
+def _not_there(location: Location) -> BlobDamaged:
+    return BlobDamaged(
+        f"blob {location.id.hex()[:16]} is not where the index says (pack {location.pack}, byte {location.offset})"
     )

@@ -25,8 +25,8 @@ from casbackup.spec.wire import READING_HEADER, FrameParser, pack_ids
 from casbackup.store.blobstore import Fetched
 from casbackup.tree.diff import Range
 
-_FETCH_IDS = 256
-"""Ids of one request: the chunks of about four segments."""
+_FETCH_IDS = 1024
+"""Ids of one request: the chunks of about ten segments."""
 _READ_BYTES = 512 * 1024
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from typing import Annotated
@@ -10,11 +11,12 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 from starlette.responses import StreamingResponse
 
-from casbackup.errors import BlobMissing, DataDamage, SnapshotNotFound
+from casbackup.errors import BlobMissing, SnapshotNotFound
 from casbackup.fs import Buffer
 from casbackup.ids import BlobId, SnapshotId
 from casbackup.limits import MAX_QUESTION_IDS
 from casbackup.spec.wire import BINARY, encode_lost, unpack_ids
+from casbackup.store.blobstore import Stored
 from casbackup_server.context import Context, Ctx, ReadingPath, Readings
 from casbackup_server.problems import responses
 from casbackup_server.rights import Right
@@ -82,26 +84,38 @@ def _told_apart(context: Context, ids: list[BlobId], readings: str | None) -> tu
     return [blob_id for blob_id in ids if blob_id not in hidden], b"".join(lost)
 
 
-async def _stream(context: Context, ids: list[BlobId], first: bytes) -> AsyncIterator[bytes]:
-    """A thread gathers each piece; between pieces a slow client keeps none."""
-    if first:
-        yield first
-    pieces = _pieces(context, ids)
-    while piece := await context.server.threads.run(lambda: next(pieces, b"")):
-        yield piece
+async def _stream(context: Context, ids: list[BlobId], first: bytes) -> AsyncIterator[bytes | memoryview]:
+    """A thread gathers the next piece while one is sent; a slow client keeps no thread."""
+    pieces = _pieces(context.served.repository.store.fetch_stored(ids))
+
+    def following() -> asyncio.Task[Buffer]:
+        return asyncio.create_task(context.server.threads.run(lambda: next(pieces, b"")))
+
+    coming = following()
+    try:
+        if first:
+            yield first
+        while piece := await coming:
+            coming = following()
+            yield memoryview(piece)
+    finally:
+        coming.cancel()
 
 
-def _pieces(context: Context, ids: list[BlobId]) -> Iterator[bytes]:
+def _pieces(stored: Iterator[Stored]) -> Iterator[Buffer]:
+    """What is long goes as it is, the rest together, about ``_PIECE_BYTES`` at a time."""
     parts: list[Buffer] = []
     size = 0
-    for blob_id, record in context.served.repository.store.fetch(ids):
-        if isinstance(record, DataDamage):
-            parts.append(encode_lost(blob_id, record))
-        else:
-            parts += (record.header, record.payload)
-        size += sum(map(len, parts[-2:]))
-        if size >= _PIECE_BYTES:
-            yield b"".join(parts)
+    for item in stored:
+        part = encode_lost(*item) if isinstance(item, tuple) else item
+        if size and size + len(part) > _PIECE_BYTES:
+            yield _joined(parts)
             parts, size = [], 0
+        parts.append(part)
+        size += len(part)
     if parts:
-        yield b"".join(parts)
+        yield _joined(parts)
+
+
+def _joined(parts: list[Buffer]) -> Buffer:
+    return parts[0] if len(parts) == 1 else b"".join(parts)
