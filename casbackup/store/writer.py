@@ -71,16 +71,25 @@ class _OpenPack:
         self.size_bytes += record.total_bytes
         return entry
 
-    def write_out(self) -> None:
+    def write_out(self) -> _Written:
         buffers, self.buffers, self.buffered_bytes = self.buffers, [], 0
         if buffers:
             self.appender.append(buffers)
+        return _Written(self, len(self.entries), self.size_bytes)
 
-    def finish(self) -> None:
+    def finish(self) -> _Written:
         footer = encode_footer(self.appender.pack, self.entries, self.size_bytes)
         self.buffers.append(footer)
         self.size_bytes += len(footer)
-        self.write_out()
+        return self.write_out()
+
+
+class _Written(NamedTuple):
+    """A pack up to where it was written out: its first ``records`` records, which end at ``size_bytes``."""
+
+    pack: _OpenPack
+    records: int
+    size_bytes: int
 
 
 class StoreWriter:
@@ -95,7 +104,10 @@ class StoreWriter:
         self._outlines: dict[BlobId, bytes] = {}
         self._pack: _OpenPack | None = None
         self._lock = threading.RLock()
-        self._sealing: queue.Queue[tuple[_OpenPack, bool] | None] = queue.Queue(_MAX_SEALING)
+        """Held while records are appended."""
+        self._indexing = threading.Lock()
+        """Held while a pack is made durable, which takes long; whoever has it does not wait for ``_lock``."""
+        self._sealing: queue.Queue[tuple[_Written, bool] | None] = queue.Queue(_MAX_SEALING)
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -120,7 +132,10 @@ class StoreWriter:
         return StoredBytes(blobs, plain, stored)
 
     def flush(self, *, seal: bool = False) -> None:
-        """Make everything that was put durable and known to the index; ``seal`` also ends the open pack."""
+        """Make everything that was put durable and known to the index; ``seal`` also ends the open pack.
+
+        Others may ``put`` meanwhile.
+        """
         with self._lock:
             self._drain()
             pack = self._pack
@@ -128,11 +143,10 @@ class StoreWriter:
                 return
             if seal or not pack.appender.can_continue:
                 self._pack = None
-                pack.finish()
-                self._make_durable(pack, sealed=True)
-            elif pack.indexed < len(pack.entries):
-                pack.write_out()
-                self._make_durable(pack, sealed=False)
+                self._make_durable(pack.finish(), sealed=True)
+                return
+            written = pack.write_out()
+        self._make_durable(written, sealed=False)
 
     def close(self) -> None:
         """Stop without promising anything more about what was put since the last ``flush``."""
@@ -142,7 +156,8 @@ class StoreWriter:
                 self._thread.join()
                 self._thread = None
             if self._pack is not None:
-                self._pack.appender.close()
+                with self._indexing:
+                    self._pack.appender.close()
                 self._pack = None
 
     def _append(self, record: Record) -> None:
@@ -152,32 +167,31 @@ class StoreWriter:
         self._pending[record.id] = pack.add(record)
         if pack.size_bytes >= self._pack_bytes:
             self._pack = None
-            pack.finish()
-            self._hand_over(pack, sealed=True)
+            self._hand_over(pack.finish(), sealed=True)
         elif pack.buffered_bytes >= _BUFFERED_BYTES:
-            pack.write_out()
+            written = pack.write_out()
             if pack.appender.can_continue and pack.size_bytes - pack.synced_bytes >= _SYNC_EVERY_BYTES:
                 pack.synced_bytes = pack.size_bytes
-                self._hand_over(pack, sealed=False)
+                self._hand_over(written, sealed=False)
 
-    def _hand_over(self, pack: _OpenPack, *, sealed: bool) -> None:
+    def _hand_over(self, written: _Written, *, sealed: bool) -> None:
         """To the background: sealed packs to be made durable; others only to be synced early, which evens out the
         disk's load.
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._seal_packs, name="pack-writer", daemon=True)
             self._thread.start()
-        self._sealing.put((pack, sealed))
+        self._sealing.put((written, sealed))
 
     def _seal_packs(self) -> None:
         while (item := self._sealing.get()) is not None:
-            pack, sealed = item
+            written, sealed = item
             try:
                 if self._failure is None:
                     if sealed:
-                        self._make_durable(pack, sealed=True)
+                        self._make_durable(written, sealed=True)
                     else:
-                        pack.appender.sync()
+                        written.pack.appender.sync()
             except BaseException as error:  # noqa: BLE001  handed to the thread that calls put or flush next
                 self._failure = error
             finally:
@@ -191,14 +205,18 @@ class StoreWriter:
         if self._failure is not None:
             raise self._failure
 
-    def _make_durable(self, pack: _OpenPack, *, sealed: bool) -> None:
-        pack.appender.sync()
-        if sealed:
-            pack.appender.close()
-        entries = pack.entries[pack.indexed :]
-        row = PackRow(pack.appender.pack, self._session_number, sealed, pack.size_bytes)
-        pack.number = self._store.index.write(lambda txn: self._index(txn, pack.number, row, entries))
-        pack.indexed = len(pack.entries)
+    def _make_durable(self, written: _Written, *, sealed: bool) -> None:
+        pack = written.pack
+        with self._indexing:
+            if not sealed and pack.indexed >= written.records:
+                return  # by somebody else, who may have sealed it since
+            pack.appender.sync()
+            if sealed:
+                pack.appender.close()
+            entries = pack.entries[pack.indexed : written.records]
+            row = PackRow(pack.appender.pack, self._session_number, sealed, written.size_bytes)
+            pack.number = self._store.index.write(lambda txn: self._index(txn, pack.number, row, entries))
+            pack.indexed = written.records
         for entry in entries:
             self._pending.pop(entry.id, None)
             self._outlines.pop(entry.id, None)
