@@ -133,7 +133,7 @@ class FrameParser:
             raise ServerProtocolError("a record was cut off")
 
 
-def parse_frames(data: bytes | bytearray) -> Iterator[memoryview]:
+def parse_frames(data: Buffer) -> Iterator[memoryview]:
     """The bytes of each record of ``data``.
 
     :raise ServerProtocolError: when the last one is cut off.

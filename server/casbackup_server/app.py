@@ -28,6 +28,7 @@ from casbackup_server.routes import (
     sessions,
 )
 from casbackup_server.served import Host, Server
+from casbackup_server.shortcut import Shortcut
 
 _LOOK_S = 5.0
 """How often silent sessions are looked for."""
@@ -42,12 +43,13 @@ def create_app(server: Server) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await server.threads.run(_nothing)  # so that the first client does not wait for what this imports
         async with _beside(_look_after(server)):
             yield
         server.gate.note_used()
 
     modules = (repositories, manifests, sessions, reading, *_RESTORING, jobs)
-    app = _application(server, lifespan, [module.router for module in modules])
+    app = _application(server, lifespan, [module.router for module in modules], [Shortcut])
     app.include_router(health.router)
     return app
 
@@ -69,7 +71,10 @@ _RESTORING = (browsing, diffs, disks, exports)
 
 
 def _application(
-    host: Host, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]], routers: Sequence[APIRouter]
+    host: Host,
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
+    routers: Sequence[APIRouter],
+    inner: Sequence[type[Shortcut]] = (),
 ) -> FastAPI:
     app = FastAPI(
         title="casbackup",
@@ -86,6 +91,8 @@ def _application(
     for router in routers:
         v1.include_router(router)
     app.include_router(v1)
+    for middleware in inner:
+        app.add_middleware(middleware)
     app.add_middleware(Guard)
     problems.install(app)
     return app
@@ -108,6 +115,9 @@ async def _close_idle(host: Host) -> None:
         await asyncio.sleep(_LOOK_S)
         for browsed in host.repositories.values():
             await host.threads.run(browsed.reading.close_idle)
+
+
+def _nothing() -> None: ...
 
 
 async def _look_after(server: Server) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from casbackup.codec.codec import Codec
 from casbackup.codec.records import parse_record
 from casbackup.errors import InvalidName, RequestRefused, ServerProtocolError, UsageError
+from casbackup.fs import Buffer
 from casbackup.ids import parse_config_name, parse_label
 from casbackup.limits import (
     MAX_CONFIG_BYTES,
@@ -24,7 +25,7 @@ _MAX_TEXT_BYTES = 4096
 """Of a disk's source, a host, a program."""
 
 
-def verified_records(data: bytearray, codec: Codec) -> list[Record]:
+def verified_records(data: Buffer, codec: Codec) -> list[Record]:
     """The records of a request, which keep its memory. Checksums are right, and ids are those of the plain bytes unless
     these are sealed; of tree nodes the session sees to that.
 

@@ -73,6 +73,11 @@ async def _context(found: BrowsingCtx) -> Context:
 Ctx = Annotated[Context, Depends(_context)]
 
 
+async def context_of(request: Request, repository: str) -> Context:
+    """What ``Ctx`` stands for, where FastAPI is not asked."""
+    return await _context(await _browsing(request, repository))
+
+
 def owner_of(namespace: str | None, vm: str | None) -> tuple[Namespace | None, VmName | None]:
     """:raise InvalidName: when they are none."""
     return (

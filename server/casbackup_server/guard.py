@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import Any
 
 import structlog
@@ -13,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from casbackup.errors import RequestRefused, ServerFault
 from casbackup.limits import MAX_REQUEST_BYTES, MAX_UPLOAD_BYTES
 from casbackup_server.problems import Refusal, problem
+from casbackup_server.protocol import Noted, TakeBody, direct_body, ignored, set_direct_body
 from casbackup_server.streaming import CutOff
 
 BODY_PAUSE_S = 30.0
@@ -79,14 +81,16 @@ class _Request:
         declared = dict(self._scope["headers"]).get(b"content-length")
         if declared is not None and int(declared) > self._limit:
             raise RequestRefused(f"a request of {int(declared)} bytes is more than {self._limit}")
+        take = direct_body(self._scope)
+        if take is not None:
+            set_direct_body(self._scope, partial(self._take_body, take))
         async with asyncio.timeout(None) as self._patience:
             await self._app(self._scope, self._guarded_receive, self._counted_send)
 
     async def _guarded_receive(self) -> Message:
         if self._body_ended:
             return await self._receive()
-        self._body_began_s = self._body_began_s or time.monotonic()
-        self._patience.reschedule(asyncio.get_running_loop().time() + BODY_PAUSE_S)
+        self._wait_for_more()
         message = await self._receive()
         self._patience.reschedule(None)
         if message["type"] == "http.request":
@@ -94,6 +98,24 @@ class _Request:
             self._body_ended = not message.get("more_body", False)
             self._check_pace()
         return message
+
+    async def _take_body(self, take: TakeBody, buffer: memoryview, noted: Noted = ignored) -> None:
+        """Like ``_guarded_receive``, of all of the body."""
+
+        def counted(count: int) -> None:
+            self._received += count
+            self._body_ended = self._received == len(buffer)
+            self._check_pace()
+            self._wait_for_more()
+            noted(count)
+
+        self._wait_for_more()
+        await take(buffer, counted)
+        self._patience.reschedule(None)
+
+    def _wait_for_more(self) -> None:
+        self._body_began_s = self._body_began_s or time.monotonic()
+        self._patience.reschedule(asyncio.get_running_loop().time() + BODY_PAUSE_S)
 
     def _check_pace(self) -> None:
         if self._received > self._limit:

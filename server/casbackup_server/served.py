@@ -14,6 +14,7 @@ from casbackup.peer.local import LocalPeer
 from casbackup.repository.catalog import Snapshot
 from casbackup.repository.repository import Repository
 from casbackup_server.audit import Audit
+from casbackup_server.bodies import BodyMemory
 from casbackup_server.budget import ByteBudget
 from casbackup_server.gate import Gate
 from casbackup_server.jobs.runner import JobRunner
@@ -65,6 +66,7 @@ class Server(Host):
     uploading: ByteBudget
     metrics_token: str | None = None
     """Who asks for metrics must show it; None: only this machine may ask."""
+    bodies: BodyMemory = field(default_factory=BodyMemory)
 
 
 @contextlib.contextmanager

@@ -32,12 +32,24 @@ _REMEMBERED = 200_000
 class _Call:
     """One call of ``add``: what it stored is known when all of its records were answered."""
 
-    __slots__ = ("stored", "then", "waiting")
+    __slots__ = ("blobs", "plain_bytes", "stored_bytes", "then", "waiting")
 
     def __init__(self, waiting: int, then: Then) -> None:
         self.waiting = waiting
         self.then = then
-        self.stored = NOTHING_STORED
+        self.blobs = self.plain_bytes = self.stored_bytes = 0
+
+    def answered(self, record: Record, *, new: bool) -> bool:
+        """Was it the last one?"""
+        if new:
+            self.blobs += 1
+            self.plain_bytes += record.plain_length
+            self.stored_bytes += record.total_bytes
+        self.waiting -= 1
+        return not self.waiting
+
+    def finish(self) -> None:
+        self.then(StoredBytes(self.blobs, self.plain_bytes, self.stored_bytes))
 
 
 _Entry = tuple[Record, _Call]
@@ -77,8 +89,11 @@ class Uploads:
         call = _Call(len(records), then)
         if not records:
             then(NOTHING_STORED)
-        for record in records:
-            self._add(record, call)
+        with self._order:
+            with self._state:
+                self._queued.update([record.id for record in records])
+            for record in records:
+                self._add(record, call)
 
     def drain(self) -> None:
         """All that was added is on the server, durably.
@@ -119,20 +134,16 @@ class Uploads:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _add(self, record: Record, call: _Call) -> None:
-        with self._order:
-            with self._state:
-                self._queued.add(record.id)
-            if record.kind == BlobKind.NODE:
-                self._nodes.append((record, call))
-                if len(self._nodes) < _MAX_NODES:
-                    return
+        if record.kind == BlobKind.NODE:
+            self._nodes.append((record, call))
+            if len(self._nodes) >= _MAX_NODES:
                 self._send_data()
                 self._send_nodes()
-                return
-            self._data.append((record, call))
-            self._data_bytes += record.total_bytes
-            if self._data_bytes >= UPLOAD_BYTES:
-                self._send_data()
+            return
+        self._data.append((record, call))
+        self._data_bytes += record.total_bytes
+        if self._data_bytes >= UPLOAD_BYTES:
+            self._send_data()
 
     def _send_data(self) -> None:
         entries, self._data, self._data_bytes = self._data, [], 0
@@ -183,16 +194,11 @@ class Uploads:
                 self._sent.popitem(last=False)
 
     def _account(self, entries: Sequence[_Entry], flags: Sequence[bool]) -> None:
-        finished: list[_Call] = []
         with self._state:
-            for (record, call), new in zip(entries, flags, strict=True):
-                if new:
-                    call.stored = call.stored.plus(StoredBytes(1, record.plain_length, record.total_bytes))
-                call.waiting -= 1
-                if not call.waiting:
-                    finished.append(call)
+            answers = zip(entries, flags, strict=True)
+            finished = [call for (record, call), new in answers if call.answered(record, new=new)]
         for call in finished:
-            call.then(call.stored)
+            call.finish()
 
 
 def _batches(records: Sequence[Record]) -> Iterable[Sequence[Record]]:

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from casbackup.errors import RequestRefused, ServerProtocolError
 from casbackup.spec.wire import BINARY
 from casbackup_server.problems import Refusal
+from casbackup_server.protocol import direct_body
 
 _SCHEMA = {"type": "string", "format": "binary"}
 
@@ -54,19 +55,21 @@ def declared_bytes(request: Request) -> int:
     return int(text)
 
 
-async def body_of_length(request: Request, size: int) -> bytearray:
-    """A body that has been declared to be ``size`` bytes, in memory once.
+async def body_into(request: Request, buffer: memoryview) -> None:
+    """Fill memory with a body that has been declared to be as long.
 
     :raise ServerProtocolError: when it is not.
     """
-    buffer = bytearray(size)
+    take = direct_body(request.scope)
+    if take is not None:
+        await take(buffer)
+        return
     position = 0
     async for piece in request.stream():
         end = position + len(piece)
-        if end > size:
+        if end > len(buffer):
             break
         buffer[position:end] = piece
         position = end
-    if position != size:
+    if position != len(buffer):
         raise ServerProtocolError("the body of the request was cut off")
-    return buffer

@@ -39,7 +39,7 @@ from casbackup_server.known import known_nodes
 from casbackup_server.live import LiveSession
 from casbackup_server.problems import Refusal, problem_body, responses, status_of
 from casbackup_server.rights import Right
-from casbackup_server.routes.binary import Binary, body_of, body_of_length, declared_bytes, giving, taking
+from casbackup_server.routes.binary import Binary, body_into, body_of, declared_bytes, giving, taking
 from casbackup_server.snapshotframes import frame_of
 
 router = APIRouter(prefix="/sessions", tags=["sessions"])
@@ -161,8 +161,9 @@ async def records(context: Ctx, session: SessionPath, attachment: Attachment, re
             return pack_flags(_stored(context, live, body))
 
     async with context.server.uploading.taken(size):
-        body = await body_of_length(request, size)
-        return Binary(await context.server.threads.upload(work))
+        with context.server.bodies.lent(size) as body:
+            await body_into(request, body)
+            return Binary(await context.server.threads.upload(work))
 
 
 @router.post(
@@ -233,10 +234,12 @@ def _own(context: Context, live: LiveSession) -> OwnBlobs | None:
     return context.served.live.own(live) if context.access.grant.isolated else None
 
 
-def _stored(context: Context, live: LiveSession, body: bytearray) -> list[bool]:
+def _stored(context: Context, live: LiveSession, body: memoryview) -> list[bool]:
     """Damage in what arrives is the sender's."""
     try:
-        return live.store(verified_records(body, context.served.repository.codec), _own(context, live))
+        with context.server.threads.computing:
+            records = verified_records(body, context.served.repository.codec)
+        return live.store(records, _own(context, live))
     except DataDamage as damage:
         raise Refusal(422, damage) from damage
 
