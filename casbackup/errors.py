@@ -712,6 +712,11 @@ class NbdRequestFailed(NbdError):
     code = "nbd-request-failed"
     advice = "See the server's log; the storage behind it may be failing."
 
+    def __init__(self, message: str, number: int = 0) -> None:
+        """``number``: the protocol's of the error."""
+        super().__init__(message)
+        self.number = number
+
 
 class ServerError(CasbackupError):
     """A chunk server cannot be reached, or does not do what it is asked."""

@@ -165,7 +165,7 @@ def _devices_on(qmp: QmpClient, tops: Iterable[str]) -> Iterator[tuple[str, str]
     wanted = set(tops)
     for entry in qmp.execute("query-block"):
         node = entry.get("inserted", {}).get("node-name", "")
-        if node in wanted:
+        if node in wanted and "qdev" in entry:
             yield entry["qdev"], node
 
 

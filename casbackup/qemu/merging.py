@@ -54,7 +54,8 @@ class Merger:
         number = int(disk)
         with self._changed:
             if number == len(self._maps):  # the VM's memory, which nobody else brings
-                self._consumer.write(disk, offset, data)
+                if not self._closed:
+                    self._consumer.write(disk, offset, data)
             elif self._pass_data(number, offset, data):
                 self._hot[number, offset // SEGMENT_BYTES] = None
 

@@ -97,6 +97,9 @@ class PullSource(ConductedSource):
         return done
 
     def _end(self) -> None:
+        """:raise BackupBroken: when something is missing after all."""
+        if self._merger.left_bytes:
+            raise BackupBroken(f"{self._merger.left_bytes} bytes have neither been pulled nor pushed")
         self._reading.close()
         graph.restore(self._qmp, self._name)
         cleanup.remove_nodes(self._qmp, self._name)

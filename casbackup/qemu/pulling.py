@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from casbackup.block.device import BlockDevice, Extent
 from casbackup.block.filters.clusters import CLUSTER_BYTES
+from casbackup.block.nbd.protocol import Errno
 from casbackup.buffers import aligned_buffer
 from casbackup.errors import BackupBroken, NbdRequestFailed
 from casbackup.limits import SEGMENT_BYTES
@@ -100,7 +101,7 @@ class Puller:
 
     def _bring(self, piece: _Piece, buffer: memoryview) -> int:
         """Returns how much had to be read."""
-        number, device = piece.disk.number, piece.disk.device
+        number = piece.disk.number
         read_bytes = 0
         for offset, length in self._merger.claim(number, piece.extent.offset, piece.extent.length):
             if piece.extent.zero:
@@ -108,7 +109,7 @@ class Puller:
             else:
                 self._read(piece.disk, offset, buffer[:length])
                 read_bytes += length
-        device.discard(piece.extent.offset, piece.extent.length)
+            piece.disk.device.discard(offset, length)
         return read_bytes
 
     def _read(self, disk: PulledDisk, offset: int, view: memoryview) -> None:
@@ -121,16 +122,21 @@ class Puller:
 
     def _read_clusters(self, disk: PulledDisk, offset: int, view: memoryview) -> None:
         """One of them at least was pushed after it was claimed: QEMU looks for it in the sink, which keeps nothing."""
-        step = CLUSTER_BYTES
-        for start in range(0, len(view), step):
-            part = view[start : start + step]
+        for start in range(0, len(view), CLUSTER_BYTES):
+            part = view[start : start + CLUSTER_BYTES]
             try:
                 disk.device.read_into(offset + start, part)
             except NbdRequestFailed as error:
-                if not self._merger.wait_pushed(disk.number, offset + start, _PUSHED_S, self._stop):
-                    raise BackupBroken(f"old data can no longer be read: {error.message}") from error
+                self._expect_pushed(disk, offset + start, error)
             else:
                 self._merger.pull(disk.number, offset + start, part)
+
+    def _expect_pushed(self, disk: PulledDisk, offset: int, error: NbdRequestFailed) -> None:
+        """:raise BackupBroken: when the cluster does not come, or QEMU denies access to all of the view."""
+        if error.number != Errno.EIO:
+            raise BackupBroken(f"QEMU has given the point in time up for the guest: {error.message}") from error
+        if not self._merger.wait_pushed(disk.number, offset, _PUSHED_S, self._stop):
+            raise BackupBroken(f"old data can no longer be read: {error.message}") from error
 
     # --- what to bring next
 

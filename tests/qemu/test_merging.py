@@ -10,6 +10,7 @@ import pytest
 
 from casbackup.block.device import Extent
 from casbackup.block.memory import MemoryDevice
+from casbackup.block.nbd.protocol import Errno
 from casbackup.errors import BackupBroken, NbdRequestFailed
 from casbackup.qemu.merging import Merger
 from casbackup.qemu.pulling import PulledDisk, Puller
@@ -33,12 +34,13 @@ class Snapshot(MemoryDevice):
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
         self.pushed: set[int] = set()
+        self.error = Errno.EIO
         self.read_bytes = 0
         self.discarded: list[tuple[int, int]] = []
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         if self.pushed & set(range(offset // CLUSTER, -(-(offset + len(buffer)) // CLUSTER))):
-            raise NbdRequestFailed("EIO")
+            raise NbdRequestFailed("failed", self.error)
         self.read_bytes += len(buffer)
         super().read_into(offset, buffer)
 
@@ -128,16 +130,34 @@ def test_segments_of_which_a_part_was_pushed_come_first() -> None:
     assert {60 * MiB, 60 * MiB + 2 * CLUSTER} <= set(order[1:4])
 
 
-def test_what_cannot_be_read_and_is_not_pushed_breaks_the_backup(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "reason"), [(Errno.EIO, "can no longer be read"), (Errno.EINVAL, "given the point in time up")]
+)
+def test_what_cannot_be_read_and_is_not_pushed_breaks_the_backup(
+    monkeypatch: pytest.MonkeyPatch, error: Errno, reason: str
+) -> None:
     monkeypatch.setattr("casbackup.qemu.pulling._PUSHED_S", 0.3)
     size = 1 * MiB
     device = Snapshot(content(size))
     device.pushed.add(3)
+    device.error = error
     puller = Puller([PulledDisk(0, device, [(0, size)])], Merger(Gathering([size]), [size]), lambda _read_bytes: True)
     puller.start()
     puller.join(10)
-    with pytest.raises(BackupBroken, match="EIO"):
+    with pytest.raises(BackupBroken, match=reason):
         puller.check()
+
+
+def test_what_somebody_else_reads_is_not_discarded() -> None:
+    """A segment that was begun is read by one thread while another comes to it in order."""
+    size = 4 * MiB
+    merger = Merger(Gathering([size]), [size])
+    claimed = merger.claim(0, CLUSTER, CLUSTER)
+    device = Snapshot(content(size))
+    pull_all([PulledDisk(0, device, [(0, size)])], merger)
+    assert claimed == [(CLUSTER, CLUSTER)]
+    assert not [offset for offset, length in device.discarded if offset < 2 * CLUSTER and offset + length > CLUSTER]
+    assert merger.left_bytes == CLUSTER
 
 
 def test_a_part_of_a_cluster_is_refused() -> None:

@@ -64,7 +64,7 @@ class Request:
             reason = ERROR_NAMES.get(error, f"error {error}")
             if text:
                 reason += f" ({printable(text)})"
-            self.failure = NbdRequestFailed(f"{peer}: {self} failed: {reason}")
+            self.failure = NbdRequestFailed(f"{peer}: {self} failed: {reason}", error)
 
     def finish(self) -> None:
         """The reply has ended. :raise NbdProtocolError: when it was not complete."""
