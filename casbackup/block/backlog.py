@@ -21,6 +21,10 @@ BACKGROUND_SHARE = 0.5
 """Of the memory, so much at the most is taken by the background, so that a guest's write finds room."""
 _OVERFLOW_SHARE = 0.5
 """When more of the memory is taken, data moves to the file: early enough that a guest does not wait for a disk."""
+_LOOK_S = 0.02
+"""How soon it is seen that somebody waits for a buffer although less is taken: there are several sizes of them."""
+_WINDOW_SHARE = 0.25
+"""Of the memory, so much at the most is under way: that cannot move to the file any more."""
 _ZERO_ROOM_BYTES = 1
 _GATHER_S = 0.002
 """A taker that was idle waits so long for more to come: waking it for each piece costs as much as taking it in."""
@@ -50,6 +54,7 @@ class Backlog:
         self._pool = pool
         self._background_spare_bytes = int(pool.limit_bytes * (1 - BACKGROUND_SHARE))
         self._overflow_above_bytes = int(pool.limit_bytes * _OVERFLOW_SHARE)
+        self._most_under_way_bytes = int(pool.limit_bytes * _WINDOW_SHARE)
         self._overflow = overflow
         self._slots = Slots(0 if overflow is None else overflow.size_bytes)
         self._pieces: deque[Piece] = deque()
@@ -127,6 +132,7 @@ class Backlog:
 
         No more than about ``window_bytes`` are under way at a time: taken, and not ``consumed``.
         """
+        window_bytes = min(window_bytes, self._most_under_way_bytes)
         if not self._wait_for_pieces(window_bytes):
             return ()
         taken: list[Piece] = []
@@ -172,7 +178,7 @@ class Backlog:
                 self._pieces.append(piece)
                 if self._taker_waits:
                     self._changed.notify_all()
-                if self._is_crowded():
+                if self._overflow is not None:
                     self._crowded.notify()
                 return True
         self._pool.give_back(room)
@@ -229,11 +235,13 @@ class Backlog:
                     if position is not None:
                         self._moving += 1
                         return self._pieces.pop(), position
-                self._crowded.wait()
+                self._crowded.wait(_LOOK_S if self._pieces else None)
         return None
 
     def _is_crowded(self) -> bool:
-        return bool(self._overflow and self._pieces) and self._pool.lent_bytes > self._overflow_above_bytes
+        if self._overflow is None or not self._pieces:
+            return False
+        return self._pool.is_wanted or self._pool.lent_bytes > self._overflow_above_bytes
 
     def _moved(self, piece: Piece) -> None:
         with self._changed:

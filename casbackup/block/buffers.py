@@ -28,12 +28,18 @@ class BufferPool:
         self._memory = memoryview(mmap(-1, memory) if isinstance(memory, int) else memory)
         self._slots = Slots(self.limit_bytes)
         self._lent: dict[int, tuple[memoryview, int]] = {}
+        self._waiting = 0
         self._closed = False
         self._changed = threading.Condition()
 
     @property
     def lent_bytes(self) -> int:
         return self._slots.taken_bytes
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits for a buffer."""
+        return self._waiting > 0
 
     def take(self, length: int, *, timeout_s: float | None = None, spare_bytes: int = 0) -> memoryview | None:
         """A buffer of ``length`` bytes of any content, or None: none came free in time, or the pool is closed.
@@ -42,7 +48,10 @@ class BufferPool:
         """
         most = self.limit_bytes - spare_bytes - rounded(length)
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._fits(length, most), timeout_s)
+            if not self._fits(length, most):
+                self._waiting += 1
+                self._changed.wait_for(lambda: self._closed or self._fits(length, most), timeout_s)
+                self._waiting -= 1
             if self._closed or not self._fits(length, most):
                 return None
             start = self._slots.take(length)
