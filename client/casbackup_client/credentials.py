@@ -67,10 +67,12 @@ def _of_file(path: str) -> str:
 
 
 def _of_command(command: str) -> str:
-    """What it prints on standard output; standard error is the user's."""
+    """What it prints on standard output. Standard error is the user's; standard input may be a disk to back up."""
     try:
         arguments = shlex.split(command)
-        done = subprocess.run(arguments, stdout=subprocess.PIPE, timeout=_COMMAND_S, check=True)
+        done = subprocess.run(
+            arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=_COMMAND_S, check=True
+        )
         text = done.stdout.decode("ascii")
     except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
         # Neither the command's line nor its output: either may hold the token.

@@ -114,12 +114,14 @@ def _of_file(path: str) -> bytes:
 
 
 def _of_command(command: str) -> bytes:
-    """The first line that it prints; standard error is the user's."""
+    """The first line that it prints. Standard error is the user's; standard input may be a disk to back up."""
     import shlex
     import subprocess
 
     try:
-        done = subprocess.run(shlex.split(command), stdout=subprocess.PIPE, timeout=_COMMAND_S, check=True)
+        done = subprocess.run(
+            shlex.split(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=_COMMAND_S, check=True
+        )
     except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
         # Neither the command's line nor its output: either may hold the passphrase.
         raise ConfigInvalid(f"the passphrase command failed: {type(error).__name__}") from None

@@ -274,6 +274,21 @@ def test_sources_that_are_none(
     assert "COMMAND" not in name or "xyzzy" not in result.err
 
 
+def test_a_command_for_the_passphrase_gets_nothing_of_the_disk(
+    wrapped: Casbackup, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = wrapped.folder / "passphrase"
+    script.write_text("#!/bin/sh\nhead -c 4096 >/dev/null\necho secret\n")
+    script.chmod(0o700)
+    monkeypatch.setenv("CASBACKUP_PASSPHRASE_COMMAND", str(script))
+    disk = wrapped.disk()
+    with disk.open("rb") as file:
+        process = start("backup", "vm/200", "scsi0=-", "-q", stdin=file)
+        assert (process.communicate(timeout=60)[1], process.returncode) == (b"", 0)
+    wrapped.ok("restore", "vm/200", "--to", wrapped.folder / "out", "-q")
+    assert (wrapped.folder / "out" / "scsi0.raw").read_bytes() == disk.read_bytes()
+
+
 def test_accents_are_the_same_however_they_are_composed(bare: Casbackup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CASBACKUP_PASSPHRASE", "Gru\u0308\u00dfe")
     bare.ok("key", "create", "-q")
