@@ -66,6 +66,17 @@ class Keys:
         """
         return self.ring.read(self.ring.find(text) if text else self.wanted or self.ring.only())
 
+    def copy_for_repository(self, fingerprint: str) -> bytes:
+        """A key file without the key as it is, for those to see who have the repository.
+
+        :raise KeyMissing, KeyExposed, KeyFileDamaged: when there is none of use. :raise UsageError: when nothing
+        protects the key.
+        """
+        from casbackup.keys.making import without_plain
+        from casbackup.spec.keyfile import encode_key_file
+
+        return encode_key_file(without_plain(self.ring.read(fingerprint)))
+
     def identities(self) -> list[Any]:
         """Of age; none, when no file is named.
 

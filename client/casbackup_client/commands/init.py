@@ -12,7 +12,6 @@ from casbackup_client.newkeys import Wrap, keep_new_key, warning_lines, wrap_opt
 from casbackup_client.options import command, pass_app
 
 if TYPE_CHECKING:
-    from casbackup.repository.repository import Repository
     from casbackup.spec.keyfile import KeyFile
     from casbackup_client.documents import InitDocument
 
@@ -52,6 +51,7 @@ def init(
     or --no-passphrase says otherwise. Without the key nobody can restore, you included.
     """
     from casbackup.repository.repository import Repository
+    from casbackup.repository.stored_key import write_stored_key
     from casbackup_client.documenting import key_document, repository_document
     from casbackup_client.keys import note_new
 
@@ -62,10 +62,10 @@ def init(
         raise UsageError("--store-key needs a key that is wrapped, and --no-passphrase leaves it unprotected")
     path = app.folder_path
     key_file, fingerprint = _key(app, path, key, wrap) if encrypted else (None, "")
-    copy = _copy(app, fingerprint) if store_key else None
+    copy = app.keys.copy_for_repository(fingerprint) if store_key else None
     with Repository.create(path, compression_level=compression_level, key_fingerprint=fingerprint) as repository:
         if copy is not None:
-            _store(repository, copy)
+            write_stored_key(repository, copy, replace=False)
         document: InitDocument = {"repository": repository_document(repository)}
     note_new(path, fingerprint)
     if key_file is not None:
@@ -88,20 +88,6 @@ def _key(app: App, path: str, named: str | None, wrap: Wrap) -> tuple[KeyFile | 
     require_free(RealFileSystem(), Layout(path))  # before anybody chooses a passphrase
     key_file = keep_new_key(app, wrap)
     return key_file, key_file.fingerprint
-
-
-def _copy(app: App, fingerprint: str) -> bytes:
-    """What the repository may have of the key."""
-    from casbackup.keys.making import without_plain
-    from casbackup.spec.keyfile import encode_key_file
-
-    return encode_key_file(without_plain(app.keys.ring.read(fingerprint)))
-
-
-def _store(repository: Repository, copy: bytes) -> None:
-    from casbackup.repository.stored_key import write_stored_key
-
-    write_stored_key(repository, copy, replace=False)
 
 
 def _lines(document: InitDocument) -> list[str]:

@@ -122,14 +122,12 @@ def store(app: App, replace: bool) -> None:
     Whoever has its passphrase can then restore with nothing but the repository. So the passphrase must be one that
     nobody guesses: whoever keeps the repository can try as many as they like.
     """
-    from casbackup.keys.making import without_plain
-    from casbackup.spec.keyfile import encode_key_file
-
     with app.stored_peer() as peer:
-        if not peer.config.encrypted:
+        fingerprint = peer.config.key_fingerprint
+        if not fingerprint:
             raise UsageError("the repository is not encrypted")
-        key_file = without_plain(app.keys.ring.read(peer.config.key_fingerprint))
-        peer.store_key(encode_key_file(key_file), replace=replace)
+        peer.store_key(app.keys.copy_for_repository(fingerprint), replace=replace)
+    key_file = app.keys.ring.read(fingerprint)
     show_key(app, key_file, lambda: [f"stored a copy of key {key_file.fingerprint} in the repository"])
 
 
