@@ -159,7 +159,7 @@ def _attached(export: dict[str, Any]) -> list[str]:
 @pytest.fixture
 def machine(cb: Casbackup, start: Start, short: Path) -> Iterator[Machine]:
     machine = Machine(cb, start, short)
-    machine.guest.wait_written(256)
+    machine.guest.wait_written(64)
     yield machine
     machine.close()
 
@@ -194,11 +194,11 @@ def test_a_backup_that_is_killed_costs_the_vm_nothing(cb: Casbackup, machine: Ma
     deadline = time.monotonic() + 30
     while not cb.json("sessions")["sessions"]:
         assert backup.poll() is None and time.monotonic() < deadline
-    machine.guest.wait_written(256)
+    machine.guest.wait_written(64)
     backup.kill()
     backup.communicate()
     killed_at = machine.guest.written()
-    machine.guest.wait_written(256)
+    machine.guest.wait_written(64)
     assert cb.json("snapshots")["snapshots"] == []
     cb.ok("backup", "vm/100", *machine.sources, "-q")
     assert writes_in_backup(cb) > killed_at
@@ -212,14 +212,14 @@ def test_a_proxy_that_is_started_again_costs_the_vm_nothing(
 ) -> None:
     """QEMU connects anew to the same socket, and what the guest was told is written, is."""
     backup = machine.held_backup()
-    machine.guest.wait_written(256)
+    machine.guest.wait_written(64)
     ended(machine.proxy, number)
     _out, err = backup.communicate(timeout=60)
     assert backup.returncode != 0 and b"casbackup: " in err
     machine.start_proxy()
-    machine.guest.wait_written(256)
+    machine.guest.wait_written(64)
     cb.ok("backup", "vm/100", *machine.sources, "-q")
-    assert writes_in_backup(cb) >= 256
+    assert writes_in_backup(cb) >= 192
     assert not machine.guest.saw_errors()
     machine.guest.kill()
     assert ended(machine.proxy)[0] == 0  # and a line if it was killed within a request
