@@ -157,7 +157,9 @@ class ServerProcess:
     def start(self) -> None:
         """Start it, and wait until it answers."""
         self.port = self.port or _free_port()
-        arguments = ["serve", "--listen", f"127.0.0.1:{self.port}", "--repository", f"{NAME}={self.folder}"]
+        arguments = ["serve", "--listen", f"127.0.0.1:{self.port}"]
+        if "--config" not in self.options:
+            arguments += ["--repository", f"{NAME}={self.folder}"]
         with self.log.open("a") as log:  # a pipe that nobody reads would stop the server
             self.process = subprocess.Popen(
                 [sys.executable, "-c", START, *arguments, *self.options],

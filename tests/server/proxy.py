@@ -35,6 +35,8 @@ class Proxy:
         self.passed_bytes = 0
         self.connections = 0
         self.cuts = 0
+        self.recorded: list[bytearray] | None = None
+        """A list: all that passes is kept in it, an array for each connection and direction."""
         self._lock = threading.Lock()
         self._free_at_s = {True: 0.0, False: 0.0}
         self._open: set[socket.socket] = set()
@@ -86,16 +88,23 @@ class Proxy:
     def _pass_on(self, source: socket.socket, target: socket.socket, *, upwards: bool) -> None:
         """One direction: a thread takes and stamps pieces, another gives them when they are due."""
         due: queue.Queue[tuple[float, bytes]] = queue.Queue(_AHEAD)
-        threading.Thread(target=self._take, args=(source, due, upwards), daemon=True).start()
+        record = bytearray()
+        if self.recorded is not None:
+            self.recorded.append(record)
+        threading.Thread(target=self._take, args=(source, due, upwards, record), daemon=True).start()
         threading.Thread(target=self._give, args=(target, due), daemon=True).start()
 
-    def _take(self, source: socket.socket, due: queue.Queue[tuple[float, bytes]], upwards: bool) -> None:
+    def _take(
+        self, source: socket.socket, due: queue.Queue[tuple[float, bytes]], upwards: bool, record: bytearray
+    ) -> None:
         piece = b" "
         while piece:
             try:
                 piece = source.recv(_PIECE_BYTES)
             except OSError:
                 piece = b""
+            if self.recorded is not None:
+                record += piece
             due.put((self._time_of(len(piece), upwards), piece))
             if self._counted(len(piece)):
                 self.cut()
