@@ -15,6 +15,7 @@ from casbackup_server.app import create_app
 from casbackup_server.audit import Audit
 from casbackup_server.budget import ByteBudget
 from casbackup_server.gate import Gate, OpenGate, TokenGate
+from casbackup_server.granian_front import run_granian
 from casbackup_server.jobs.configured import configured_tasks, zone_of
 from casbackup_server.jobs.notify import notifier_for
 from casbackup_server.jobs.schedule import scheduled
@@ -50,13 +51,27 @@ def run(settings: Settings) -> None:
             ByteBudget(MAX_UPLOADING_BYTES),
             metrics_token=_metrics_token(settings.metrics_token_file),
         )
-        _log.info("serving", listen=settings.listen, repositories=sorted(served), tls=settings.tls is not None)
+        _log.info(
+            "serving",
+            listen=settings.listen,
+            repositories=sorted(served),
+            tls=settings.tls is not None,
+            server=settings.server,
+        )
         with (
             scheduled(settings, served, zone, notifier, server.metrics),
             contextlib.suppress(KeyboardInterrupt, Interrupted),  # uvicorn raises the signal once more when it is done
         ):
-            uvicorn.Server(uvicorn_config(create_app(server), listen, _grace_s(settings), settings.tls)).run()
+            _serve(create_app(server), settings, listen)
     _log.info("stopped")
+
+
+def _serve(app: FastAPI, settings: Settings, listen: Listen) -> None:
+    grace_s = _grace_s(settings)
+    if settings.server == "granian":
+        run_granian(app, listen.host.strip("[]"), listen.port, grace_s, settings.tls)
+    else:
+        uvicorn.Server(uvicorn_config(app, listen, grace_s, settings.tls)).run()
 
 
 def require_safe(settings: Settings, listen: Listen) -> None:

@@ -111,7 +111,7 @@ class NotifySettings(_Table):
 
 
 class Settings(_Table):
-    """All of it. ``stop_grace``: how long requests may go on when the server is stopped."""
+    """All of it. ``stop_grace``: how long requests may go on after SIGTERM. ``server``: what speaks HTTP."""
 
     listen: str = "127.0.0.1:8007"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -120,6 +120,7 @@ class Settings(_Table):
     metrics_token_file: PathText | None = None
     timezone: str = "UTC"
     stop_grace: str = "30s"
+    server: Literal["uvicorn", "granian"] = "uvicorn"
     tls: TlsSettings | None = None
     notify: NotifySettings = NotifySettings()
     repositories: dict[str, RepositorySettings] = {}
@@ -158,6 +159,7 @@ def with_options(
     tls_cert: str | None,
     tls_key: str | None,
     insecure_no_auth: bool,
+    server: Literal["uvicorn", "granian"] | None = None,
 ) -> Settings:
     """The settings with what the command line says. Repositories are added to those of the file.
 
@@ -177,6 +179,8 @@ def with_options(
         changes["tls"] = TlsSettings(cert=tls_cert, key=tls_key)
     if insecure_no_auth:
         changes["insecure_no_auth"] = True
+    if server is not None:
+        changes["server"] = server
     changed = settings.model_copy(update=changes)
     if not changed.repositories:
         raise UsageError("there is nothing to serve: give --repository NAME=PATH, or a --config with repositories")

@@ -170,11 +170,16 @@ class ServerProcess:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log.read_text()
-            with contextlib.suppress(urllib3.exceptions.HTTPError):
-                urllib3.PoolManager(retries=False).request("GET", f"http://127.0.0.1:{self.port}/v1/openapi.json")
+            if self.answers():
                 return
             time.sleep(0.02)
         raise AssertionError("the server does not answer")
+
+    def answers(self) -> bool:
+        with contextlib.suppress(urllib3.exceptions.HTTPError):
+            urllib3.PoolManager(retries=False).request("GET", f"http://127.0.0.1:{self.port}/v1/openapi.json")
+            return True
+        return False
 
     def kill(self) -> None:
         self._end(signal.SIGKILL)

@@ -58,6 +58,8 @@ class Model(RuleBasedStateMachine):
         self.there: list[dict[str, Snapshot]] = [{}, {}]
         self.contents: dict[str, Mapping[str, bytes]] = {}
         self.seen: list[set[str]] = [set(), set()]
+        self.forgotten: list[tuple[int, str]] = []
+        """What was forgotten at which site, in order; what comes back by a sync may be forgotten again."""
 
     def teardown(self) -> None:
         with self.stack:
@@ -86,6 +88,7 @@ class Model(RuleBasedStateMachine):
         if self.there[who]:
             snapshot_id = sorted(self.there[who])[which % len(self.there[who])]
             self.sites[who].peer.remove([self.there[who].pop(snapshot_id)])
+            self.forgotten.append((who, snapshot_id))
 
     @rule(who=WHO)
     def gc(self, who: int) -> None:
@@ -160,9 +163,9 @@ class Model(RuleBasedStateMachine):
         look_what_is_meant()
         ends = [WatchedPeer(self.sites[number].peer) for number in (who, 1 - who)]
         ends[0 if at_source else 1].before = before
-        gone = set(self.there[1 - who])
+        since = len(self.forgotten)
         report = sync(ends[0], ends[1], SyncRequest(chosen))
-        self.judge(report, who, meant, gone - set(self.there[1 - who]))
+        self.judge(report, who, meant, {item for place, item in self.forgotten[since:] if place == 1 - who})
 
     def judge(self, report: SyncReport, who: int, meant: set[str], forgotten: set[str]) -> None:
         assert {result.snapshot.id for result in report.results} >= meant - forgotten
