@@ -154,6 +154,21 @@ def test_pulling(newer_guest: BootGuest, casbackup: Command, tmp_path: Path) -> 
     assert newer_guest.errors == 0
 
 
+def test_qemu_is_killed(guest: BootGuest, casbackup: Command, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no snapshot, and neither a process nor a socket of ours is left."""
+    sinks = place / "tmp"
+    sinks.mkdir()
+    monkeypatch.setenv("TMPDIR", str(sinks))
+    backup = casbackup.start("backup", "vm/100", "--qmp", guest.qmp_path, "--speed", "2MiB", "--json")
+    casbackup.wait_for_job()
+    assert list(sinks.glob("casbackup-*"))
+    guest.kill()
+    _, err = backup.communicate(timeout=60)
+    assert json.loads(err[err.index(b"{") :])["error"]["code"] == "qmp-lost"
+    assert casbackup.json("snapshots")["snapshots"] == []
+    assert not list(sinks.glob("casbackup-*"))
+
+
 @pytest.mark.slow
 def test_a_guest_that_writes_is_restored_to_one_instant(guest: BootGuest, casbackup: Command, tmp_path: Path) -> None:
     casbackup.json("backup", "vm/100", "--qmp", guest.qmp_path)

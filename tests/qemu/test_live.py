@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from casbackup.errors import CasbackupError, RepositoryFull
+from casbackup.errors import CasbackupError, Interrupted, RepositoryFull
 from casbackup.ids import DEFAULT_NAMESPACE, VmName
 from casbackup.jobs.live import LiveReport, LiveRequest, live_backup
 from casbackup.peer.disk import SnapshotDisk
@@ -275,6 +277,35 @@ def test_a_bitmap_that_lies_is_found_out_and_distrusted(guest: BootGuest, backup
         assert content == (guest.folder / "a.raw").read_bytes()
         assert_clean(qmp, bitmaps=1)
     assert len(backups.messages) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_cancelling_at_any_moment_leaves_only_the_bitmap_for_increments(daemon: Daemon, backups: Backups) -> None:
+    """Two disks; the bitmap of the last snapshot stays true through all of it."""
+    rng = random.Random(11)
+    with daemon.qmp() as qmp:
+        backups.take(qmp)
+        kept = bitmap_names(qmp)
+        for number in range(20):
+            change(daemon, number)
+            control = LiveControl(speed_limit_bytes_s=rng.choice([4, 16, 64]) * MiB)
+            timer = threading.Timer(rng.uniform(0, 1.5), control.cancel, ("enough",))
+            timer.start()
+            with contextlib.suppress(Interrupted):
+                backups.take(qmp, control=control)
+                kept = bitmap_names(qmp)
+            timer.cancel()
+            assert_clean(qmp, bitmaps=1)
+            assert bitmap_names(qmp) == kept
+        report = backups.take(qmp)
+        assert all(disk.increment for disk in report.disks)
+        backups.assert_equal(report.snapshot, daemon)
+
+
+def bitmap_names(qmp: QmpClient) -> set[str]:
+    nodes = qmp.execute("query-named-block-nodes")
+    return {bitmap["name"] for node in nodes for bitmap in node.get("dirty-bitmaps", ())}
 
 
 @pytest.mark.root

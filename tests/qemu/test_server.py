@@ -141,7 +141,10 @@ def cut_off(_server: ServerProcess, proxy: Proxy) -> None:
     proxy.bytes_per_s = 1.0
 
 
-@pytest.mark.parametrize("misfortune", [kill, hang, cut_off])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("misfortune", [kill, pytest.param(hang, marks=SLOW), pytest.param(cut_off, marks=SLOW)])
 def test_the_server_is_gone(
     vm: Guest, server: ServerProcess, misfortune: Callable[[ServerProcess, Proxy], None]
 ) -> None:
@@ -157,6 +160,7 @@ def test_the_server_is_gone(
     assert f"http://127.0.0.1:{proxy.port} cannot be reached" in error["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.root
 def test_the_disk_of_the_server_is_full(vm: Guest, tmp_path: Path) -> None:
     folder = tmp_path / "small"
