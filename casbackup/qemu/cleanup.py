@@ -14,9 +14,9 @@ from urllib.parse import parse_qs, urlsplit
 
 from casbackup.errors import CasbackupError, QmpCommandFailed, QmpTimeout
 from casbackup.qemu import graph, vmstate
+from casbackup.qemu.names import PREFIX
 from casbackup.qemu.qmp import QmpClient
 
-PREFIX = "casbackup-"
 _PATIENCE_S = 20.0
 """How long cancelled jobs may take before their targets are cut off."""
 _POLL_S = 0.05

@@ -19,6 +19,7 @@ from casbackup.qemu.bitmaps import Tracking, add_action
 from casbackup.qemu.control import LiveControl
 from casbackup.qemu.features import Features
 from casbackup.qemu.freezing import frozen_guest
+from casbackup.qemu.names import PREFIX
 from casbackup.qemu.qmp import QmpClient
 from casbackup.qemu.sink_host import SinkHost, SinkSpace
 from casbackup.qemu.sink_process import SinkSettings
@@ -56,7 +57,7 @@ class ConductedSource(ABC):
         self._control = control
         self._report = report
         self._tracking = tracking
-        self._name = f"{cleanup.PREFIX}{secrets.token_hex(4)}"
+        self._name = f"{PREFIX}{secrets.token_hex(4)}"
         self._tasks: Sequence[DiskTask] = ()
         self._abort: str | None = None
         self._failure: BaseException | None = None
@@ -171,13 +172,13 @@ class ConductedSource(ABC):
             raise BackupBroken(self._abort)
 
     def _clean_up(self) -> None:
-        self._abandon_state()
         try:
             self._let_go()
             cleanup.remove_backup(self._qmp, self._name, bitmap_token=self.token or None)
         except CasbackupError as error:
             if not self._qmp.is_lost:
                 self._report(f"QEMU may still have a job or node named {self._name}: {error.message}")
+        self._abandon_state()  # last: QEMU may have to save all of the memory to its end
 
     def _abandon_state(self) -> None:
         try:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from casbackup.block.filters.clusters import CLUSTER_BYTES
 from casbackup.errors import QmpCommandFailed
+from casbackup.qemu import reading
 from casbackup.qemu.disks import LiveDisk
 from casbackup.qemu.features import Features
 from casbackup.qemu.qmp import QmpClient
@@ -76,6 +77,11 @@ def splice(qmp: QmpClient, spliced: Spliced, *, max_guest_stall_s: float, featur
     _add(qmp, options)
 
 
+def flush(qmp: QmpClient, disks: Sequence[Spliced]) -> None:
+    """Before ``divert``: it flushes while the guest has to wait, which may take seconds when the host caches writes."""
+    reading.flush(qmp, [item.top for item in disks])
+
+
 def divert(qmp: QmpClient, disks: Sequence[Spliced]) -> None:
     """From now on all writes of the guest go through the filters: the point in time. Errors as ``splice``."""
     _reopen(qmp, [_top(item.top, item.filter) for item in disks])
@@ -99,6 +105,7 @@ def restore(qmp: QmpClient, name: str) -> None:
         return
     _delete(qmp, ours, _VIEW)
     below = _below(qmp, name)
+    reading.flush(qmp, _of(ours, _TOP))
     _reopen(qmp, [_top(top, below[top]) for top in _of(ours, _TOP)])
     _delete(qmp, ours, _FILTER)
     for device, top in _devices_on(qmp, _of(ours, _TOP)):

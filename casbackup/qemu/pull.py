@@ -52,6 +52,7 @@ class PullSource(ConductedSource):
             with _refusable():
                 self._add_target(number)
                 graph.splice(self._qmp, spliced, max_guest_stall_s=stall_s, features=self._features)
+        graph.flush(self._qmp, self._spliced)
 
     def _take_instant(self) -> None:
         """:raise LiveUnsupported: when QEMU does not do it with one of the disks. No data has come then."""

@@ -15,12 +15,16 @@ from casbackup.block.nbd.client import NbdClient
 from casbackup.block.nbd.uri import NbdAddress
 from casbackup.block.private_folder import private_folder
 from casbackup.errors import CasbackupError, LiveUnsupported, QmpCommandFailed
-from casbackup.qemu.cleanup import PREFIX
 from casbackup.qemu.disks import LiveDisk
+from casbackup.qemu.names import PREFIX
 from casbackup.qemu.qmp import QmpClient
 
 _EXPORT = f"{PREFIX}read-"
 _SOCKET = "read.sock"
+_FLUSH_TIMEOUT_S = 2.0
+"""Of a request; a flush may take ten times that."""
+_FLUSHES = 2
+"""What is written during the first is flushed by the second."""
 
 
 @contextlib.contextmanager
@@ -70,6 +74,17 @@ def export(
         options["bitmaps"] = [bitmap]
     qmp.execute("block-export-add", options)
     return NbdAddress(export=name, socket_path=path)
+
+
+def flush(qmp: QmpClient, nodes: Sequence[str]) -> None:
+    """Have the host write out what was written to these nodes, while the guest goes on writing. As far as possible."""
+    if not nodes:
+        return
+    with contextlib.suppress(CasbackupError), _folder_for(qmp) as folder, nbd_server(qmp, folder) as path:
+        for node in nodes:
+            with NbdClient.connect(export(qmp, path, f"{node}-flush", node), timeout_s=_FLUSH_TIMEOUT_S) as device:
+                for _ in range(_FLUSHES):
+                    device.flush()
 
 
 def opened(address: NbdAddress) -> BlockDevice:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from casbackup.errors import LiveBackupBusy, LiveUnsupported
-from casbackup.qemu import pull
+from casbackup.qemu import graph, reading
 from casbackup.qemu.control import LiveControl
 from casbackup.qemu.disks import Selection
 from casbackup.qemu.features import detect
@@ -71,7 +71,7 @@ def test_what_is_overwritten_is_pushed_and_read_once(vm: Vm, monkeypatch: pytest
     """Old data of each cluster is read once: by QEMU before it is overwritten, or by us."""
     before = [path.read_bytes() for path in vm.disks.values()]
     read_before = read_bytes(vm)
-    divert = pull.graph.divert
+    divert = graph.divert
 
     def divert_and_write(qmp: QmpClient, disks: list[Spliced]) -> None:
         divert(qmp, disks)
@@ -80,13 +80,26 @@ def test_what_is_overwritten_is_pushed_and_read_once(vm: Vm, monkeypatch: pytest
                 guest.write(offset, b"x" * 4096)
             guest.write(6 * MiB - 1 * KiB, b"y" * 2 * KiB)
 
-    monkeypatch.setattr(pull.graph, "divert", divert_and_write)
+    monkeypatch.setattr(graph, "divert", divert_and_write)
     with vm.qmp() as qmp:
         gathered = gather(qmp)
     assert [bytes(disk) for disk in gathered.disks] == before
     assert read_bytes(vm) - read_before < 2 * DATA_BYTES + 2 * 64 * KiB, "something was read twice"
     assert vm.disks["a"].read_bytes()[:4096] == b"x" * 4096
     assert vm.errors == 0
+
+
+def test_the_guest_does_not_wait_for_a_flush(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What re-opens nodes flushes them while the guest's requests are held: that is done shortly before, too."""
+    events: list[str] = []
+    for module, name in ((reading, "flush"), (graph, "_reopen")):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, real=real, name=name: (events.append(f"{name} {len(args[1])}"), real(*args))
+        )
+    with vm.qmp() as qmp:
+        gather(qmp)
+    assert events == ["flush 2", "_reopen 2"] * 2
 
 
 def change(vm: Vm, seed: int) -> int:
