@@ -93,8 +93,10 @@ class Keys:
             raise UsageError(f"the identity file {self._identity_path} cannot be read: {error.strerror}") from error
         return parse_identities(data, self._identity_path)
 
-    def unlock(self, key_file: KeyFile, origin: str, *, ask: bool = True, by_identity: bool = True) -> MasterKey:
-        """The key in a key file.
+    def unlock(
+        self, key_file: KeyFile, origin: str | None = None, *, ask: bool = True, by_identity: bool = True
+    ) -> MasterKey:
+        """The key in a key file. ``origin`` names it in errors; None: it is in the key folder.
 
         :raise PassphraseNeeded, PassphraseWrong, KeyFileDamaged: as ``unwrap`` does.
         """
@@ -104,7 +106,7 @@ class Keys:
         keep_out_of_dumps()
         return unwrap(
             key_file,
-            origin,
+            origin or self.ring.path(key_file.fingerprint),
             identities=self.identities() if by_identity else (),
             passphrases=self.passphrases.existing(f"key {key_file.fingerprint}", ask=ask),
         )
@@ -115,9 +117,8 @@ class Keys:
         :raise KeyMissing: when it is neither in the key folder nor in the repository. Else as ``unlock``.
         """
         fingerprint = peer.config.key_fingerprint
-        path = self.ring.path(fingerprint)
-        if at_hand or os.path.lexists(path):
-            return self.unlock(self.ring.read(fingerprint), path, ask=not at_hand)
+        if at_hand or os.path.lexists(self.ring.path(fingerprint)):
+            return self.unlock(self.ring.read(fingerprint), ask=not at_hand)
         data = peer.stored_key()
         if data is None:
             raise KeyMissing(

@@ -78,7 +78,7 @@ def passwd(app: App, key: str | None, no_passphrase: bool) -> None:
     from casbackup.keys.making import with_passphrase
 
     before = app.keys.named(key)
-    master = app.keys.unlock(before, app.keys.ring.path(before.fingerprint))
+    master = app.keys.unlock(before)
     passphrase = None if no_passphrase else app.keys.new_passphrases.new(f"key {before.fingerprint}")
     key_file = with_passphrase(before, master, passphrase)
     app.keys.ring.replace(key_file)

@@ -43,10 +43,7 @@ def export(app: App, key: str | None, output: str | None, plain: bool) -> None:
     from casbackup.spec.keyfile import encode_key_file
 
     key_file = app.keys.named(key)
-    if plain:
-        content = format_key(app.keys.unlock(key_file, app.keys.ring.path(key_file.fingerprint)))
-    else:
-        content = encode_key_file(_wrapped(app, key_file)).decode()
+    content = format_key(app.keys.unlock(key_file)) if plain else encode_key_file(_wrapped(app, key_file)).decode()
     _give(app, key_file.fingerprint, content, output)
 
 
@@ -102,7 +99,7 @@ def paper(app: App, key: str | None, output: str | None, kind: str | None) -> No
     from casbackup.keys.sheet import html_sheet, svg_code, text_sheet
 
     key_file = app.keys.named(key)
-    master = app.keys.unlock(key_file, app.keys.ring.path(key_file.fingerprint))
+    master = app.keys.unlock(key_file)
     kind = kind or _FORMAT_OF_ENDING.get(os.path.splitext(output or "")[1].lower(), "text")
     if kind == "svg":
         content = svg_code(master)
@@ -137,7 +134,7 @@ def _wrapped(app: App, key_file: KeyFile) -> KeyFile:
 
     if not key_file.is_plain or len(key_file.wrappings) > 1:
         return without_plain(key_file)
-    key = app.keys.unlock(key_file, app.keys.ring.path(key_file.fingerprint))
+    key = app.keys.unlock(key_file)
     return with_passphrase(key_file, key, app.keys.new_passphrases.new(f"the copy of key {key_file.fingerprint}"))
 
 

@@ -41,7 +41,7 @@ def add(app: App, recipients: tuple[str, ...], key: str | None) -> None:
     from casbackup.keys.making import with_recipients
 
     before = app.keys.named(key)
-    master = app.keys.unlock(before, app.keys.ring.path(before.fingerprint))
+    master = app.keys.unlock(before)
     key_file = with_recipients(before, master, recipients)
     app.keys.ring.replace(key_file)
     show_key(app, key_file, lambda: [f"key {key_file.fingerprint} is wrapped for:", *key_file.recipients])
