@@ -1,5 +1,5 @@
-"""Snapshots as folders and files: ``scsi0.raw`` for each disk and the configs, in a folder of the snapshot's time, in
-one of its VM, in one of its namespace.
+"""Snapshots as folders and files: ``scsi0.raw`` for each disk, ``vmstate.bin`` for the memory, and the configs, in a
+folder of the snapshot's time, in one of its VM, in one of its namespace.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import NamedTuple
 from casbackup.clock import format_time
 from casbackup.repository.catalog import Snapshot
 from casbackup.spec.manifest import ConfigRecord, DiskRecord
+from casbackup_client.targets import STATE_SUFFIX
 
 _SUFFIX = ".raw"
 
@@ -83,7 +84,7 @@ def tree_of(snapshots: Iterable[Snapshot], place: Place) -> Folder:
     for snapshot in snapshots:
         folder = root.folder(place(snapshot), snapshot.manifest.time_ms)
         for disk in snapshot.manifest.disks:
-            folder.entries[disk.name + _SUFFIX] = File(snapshot, disk)
+            folder.entries[disk.name + (STATE_SUFFIX if disk.role else _SUFFIX)] = File(snapshot, disk)
         for config in snapshot.manifest.configs:
             folder.entries[_free(config.name, folder)] = File(snapshot, config)
     return root
