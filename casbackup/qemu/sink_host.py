@@ -22,6 +22,7 @@ from casbackup.errors import BackupBroken, CasbackupError, SinkLost
 from casbackup.qemu.sink_link import Messages, Receiver, new_link
 from casbackup.qemu.sink_process import SinkSettings
 from casbackup.qemu.sink_server import SharedListener, StandIn
+from casbackup.qemu.state_stream import drained
 from casbackup.qemu.vmstate import Undo
 
 _MODULE = "casbackup.qemu.sink_process"
@@ -80,9 +81,10 @@ class SinkHost:
         self._watcher = threading.Thread(target=self._watch, name="sink-watch", daemon=True)
         self._report: dict[str, Any] = {}
         self._started = threading.Event()
-        self._ending = self._dropped = False
+        self._ending = self._dropped = self._owes_undo = False
         self._lost: SinkLost | None = None
         self._stand_in: StandIn | None = None
+        self._drain: threading.Thread | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -134,7 +136,10 @@ class SinkHost:
             yield stream
 
     def undo(self, what: Undo | None) -> None:
-        """What an orphaned sink is to do to QEMU; None: nothing any more."""
+        """What an orphaned sink is to do to QEMU; None: nothing any more. If something is left at the end, the sink
+        goes on trying: QEMU did not answer, and the guest may stand still.
+        """
+        self._owes_undo = what is not None
         self._messages.send({"undo": None if what is None else what.message()})
 
     def drop(self, reason: str) -> None:
@@ -160,8 +165,6 @@ class SinkHost:
     def __enter__(self) -> Self:
         self._process = self._launch()
         self._theirs.close()
-        for end in self._state_ends[:1]:
-            end.close()
         self._messages.send(self._settings.message())
         self._watcher.start()
         if not self._started.wait(_START_S) or self._lost is not None:
@@ -174,21 +177,31 @@ class SinkHost:
     ) -> None:
         """End the sink. QEMU must have let go of it."""
         self._ending = True
-        self._messages.send({"end": True})
         if self._process is not None:
-            try:
-                self._process.wait(_END_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            self._end(self._process)
+        for end in self._state_ends[1:]:
+            end.close()
+        if self._drain is not None:
+            self._drain.join()
         self._watcher.join()
         self._link.close()
-        for end in self._state_ends:
+        for end in self._state_ends[:1]:
             end.close()
         self._listener.close()
         os.close(self._memory)
         if self._overflow is not None:
             self._overflow.close()
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        if self._owes_undo:  # without a word it takes itself for orphaned
+            threading.Thread(target=process.wait, name="sink-end", daemon=True).start()
+            return
+        self._messages.send({"end": True})
+        try:
+            process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
     def _launch(self) -> subprocess.Popen[bytes]:
         inherited = [
@@ -231,4 +244,6 @@ class SinkHost:
         self._lost = SinkLost(f"the sink of the backup ended unexpectedly (status {status}); the guest goes on")
         self._stand_in = StandIn(self._settings.exports, self._lost)
         self._stand_in.serve(self._listener.socket)
+        if self._state_ends:
+            self._drain = drained(self._state_ends[0])
         self._started.set()

@@ -32,7 +32,7 @@ from casbackup.qemu.qmp import QmpClient
 from casbackup.qemu.sink_link import Link, Messages, Sender
 from casbackup.qemu.sink_server import SinkExport, SinkServer
 from casbackup.qemu.state_stream import StateReceiver
-from casbackup.qemu.vmstate import Undo, undo
+from casbackup.qemu.vmstate import Undo, undo, wake
 
 REPORT_S = 0.05
 """How often the sink tells how it is."""
@@ -153,6 +153,8 @@ class Sink:
             self._clean_up(settings)
         finally:
             thawing.join()
+            if self._state is not None:
+                self._state.wait()
             shutil.rmtree(os.path.dirname(self._listener.getsockname()), ignore_errors=True)
 
     def _clean_up(self, settings: SinkSettings) -> None:
@@ -162,11 +164,13 @@ class Sink:
             try:
                 with QmpClient.connect(settings.qmp_path, timeout_s=_RETRY_S) as qmp:
                     if self._undo is not None:
-                        undo(qmp, self._undo)
+                        wake(qmp, self._undo)
                     remove_backup(qmp, settings.backup_name, bitmap_token=settings.bitmap_token)
+                    if self._undo is not None:
+                        undo(qmp, self._undo)
                 return
             except CasbackupError:
-                if not self._server.connections:
+                if not self._server.connections and self._undo is None:
                     return
                 time.sleep(_RETRY_S)
 

@@ -2,7 +2,8 @@
 
 The guest waits for a page that it wants to write to until QEMU has got rid of the old one. So what comes here is
 taken into memory like the data of disks, and when that stays full for too long, or the backup is broken, it is
-dropped: the stream is read to its end whatever happens.
+dropped: the stream is read to its end whatever happens. When nobody does, the migration fails, and the guest of an
+earlier QEMU hangs.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ class StateReceiver:
         self._thread.join(_END_S)
         if self._thread.is_alive():
             self._spool.fail(BackupBroken("the stream of the VM's memory does not end"))
+
+    def wait(self) -> None:
+        """Until QEMU has ended the stream, however long that takes."""
+        self._thread.join()
 
     def _run(self) -> None:
         with self._stream:
@@ -76,3 +81,17 @@ class StateReceiver:
         with contextlib.suppress(OSError):  # QEMU has died: whoever controls it notices
             return self._stream.recv_into(room, 0, socket.MSG_WAITALL)
         return 0
+
+
+def drained(stream: socket.socket) -> threading.Thread:
+    """A running thread that drops everything up to the end of a stream, in the place of a sink that is gone."""
+    waste = bytearray(MAX_BUFFER_BYTES)
+
+    def drain() -> None:
+        with contextlib.suppress(OSError):
+            while stream.recv_into(waste):
+                pass
+
+    thread = threading.Thread(target=drain, name="vmstate-drain", daemon=True)
+    thread.start()
+    return thread

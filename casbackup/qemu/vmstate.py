@@ -43,8 +43,15 @@ _BANDWIDTH_BYTES_S = 1 * TiB
 _POLL_S = 0.002
 _IDLE = frozenset({"none", "completed", "failed", "cancelled"})
 """States of a migration that is none."""
+_CANCELS_SINCE = 9, 0, 0
+"""Before, a background snapshot that is cancelled or fails leaves the memory protected, and the guest hangs when it
+next writes there (seen with 7.2, not with 10.0). It must run to its end, and somebody must take what it sends."""
+_STANDING_STILL = frozenset({"paused", "finish-migrate", "postmigrate"})
+"""What QEMU calls it when we, or a migration, have stopped the guest. It may also stop for an I/O error of its own."""
 _PATIENCE_S = 20.0
-"""For a cancelled migration to end."""
+"""For a guest to go on."""
+_END_S = 600.0
+"""For a migration to end that was given up, and may not be cancelled."""
 
 
 class StateWay(StrEnum):
@@ -66,9 +73,12 @@ class SavedState(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Undo:
-    """What to do to QEMU so that it is as before. ``paused``: the guest stands still because of us."""
+    """What to do to QEMU so that it is as before. ``paused``: the guest stands still because of us. ``cancels``: a
+    migration may be cancelled.
+    """
 
     paused: bool = False
+    cancels: bool = True
     capabilities: Mapping[str, bool] = field(default_factory=dict)
     max_bandwidth: int = 0
 
@@ -180,8 +190,11 @@ class _Saver:
         if _BACKGROUND in known:  # switched off by ``forget`` if it was on
             before[_BACKGROUND] = False
         bandwidth = self._qmp.execute("query-migrate-parameters")["max-bandwidth"]
-        self._change(Undo(capabilities=before, max_bandwidth=bandwidth))
+        self._undo = Undo(capabilities=before, max_bandwidth=bandwidth)
+        self._sink.undo(self._undo)
         self._way = self._choose(before)
+        cancels = self._way is StateWay.PAUSED or self._qmp.version >= _CANCELS_SINCE
+        self._change(replace(self._undo, cancels=cancels))
         self._qmp.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH_BYTES_S})
         with self._sink.state_stream() as stream:
             self._qmp.pass_fd(_FD_NAME, stream.fileno())
@@ -268,16 +281,21 @@ def undo(qmp: QmpClient, what: Undo) -> None:
 
     :raise QmpTimeout: when the migration does not end. Other errors as ``QmpClient.execute``.
     """
-    with contextlib.suppress(QmpCommandFailed):
-        qmp.execute("migrate_cancel")
-    if what.paused:
-        _resume(qmp)
+    if what.cancels:
+        with contextlib.suppress(QmpCommandFailed):
+            qmp.execute("migrate_cancel")
+    wake(qmp, what)
     _wait_ended(qmp)
-    if what.paused:  # a migration that was about to stop the guest, or to set its state, may have done so meanwhile
-        _resume(qmp)
+    wake(qmp, what)  # a migration that was about to stop the guest, or to set its state, may have done so meanwhile
     with contextlib.suppress(QmpCommandFailed):
         qmp.execute("closefd", {"fdname": _FD_NAME})
     _restore_settings(qmp, what)
+
+
+def wake(qmp: QmpClient, what: Undo) -> None:
+    """Let the guest go on if it stands still because of us; the rest is left to ``undo``. Errors as ``undo``."""
+    if what.paused:
+        _resume(qmp)
 
 
 def forget(qmp: QmpClient) -> None:
@@ -326,24 +344,25 @@ def _is_tracking(qmp: QmpClient) -> bool:
 
 
 def _resume(qmp: QmpClient) -> None:
-    """:raise QmpTimeout: when the guest does not run afterwards. Other errors as ``QmpClient.execute``."""
+    """See to it that the guest does not stand still because of us.
+
+    :raise QmpTimeout: when it does not. Other errors as ``QmpClient.execute``.
+    """
     deadline_s = time.monotonic() + _PATIENCE_S
-    while True:
-        if qmp.execute("query-status")["running"]:
-            return
-        with contextlib.suppress(QmpCommandFailed):  # not in every state of a migration; it does not last
-            qmp.execute("cont")
-            continue
+    while qmp.execute("query-status")["status"] in _STANDING_STILL:
         if time.monotonic() > deadline_s:
             raise QmpTimeout(f"the guest does not go on within {_PATIENCE_S:g} s")
-        time.sleep(_POLL_S)
+        try:
+            qmp.execute("cont")
+        except QmpCommandFailed:  # not in every state of a migration; it does not last
+            time.sleep(_POLL_S)
 
 
 def _wait_ended(qmp: QmpClient) -> None:
-    deadline_s = time.monotonic() + _PATIENCE_S
+    deadline_s = time.monotonic() + _END_S
     while qmp.execute("query-migrate").get("status", "none") not in _IDLE:
         if time.monotonic() > deadline_s:
-            raise QmpTimeout(f"the migration in QEMU did not end within {_PATIENCE_S:g} s")
+            raise QmpTimeout(f"the migration in QEMU did not end within {_END_S:g} s")
         qmp.wait_event(10 * _POLL_S)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from casbackup.errors import (
     CasbackupError,
     Interrupted,
     LiveBackupBusy,
+    QmpTimeout,
     RepositoryFull,
     SinkLost,
     VmStateFailed,
@@ -70,6 +72,12 @@ def assert_untouched(qmp: QmpClient) -> None:
     assert_clean(qmp)
 
 
+def tracked(guest: BootGuest) -> list[str]:
+    """Whether QEMU still protects the guest's memory: then the guest hangs when it next writes there."""
+    folder = f"/proc/{guest.process.pid}/fd"
+    return [link for name in os.listdir(folder) if "[userfaultfd]" in (link := os.readlink(f"{folder}/{name}"))]
+
+
 def take(
     guest: BootGuest,
     way: StateWay = StateWay.BACKGROUND,
@@ -88,6 +96,7 @@ def take(
             instant = source.run([DiskTask(disk, None) for disk in disks], taken)
         finally:
             assert_untouched(qmp)
+            assert not tracked(guest)
     assert instant.state is not None
     return instant.state, taken
 
@@ -237,11 +246,12 @@ def test_a_migration_of_somebody_else(guest: BootGuest, place: Path) -> None:
 MEMORY = 48 * MiB
 
 
-@pytest.fixture
-def large_guest(place: Path) -> Any:
+@pytest.fixture(params=["installed", "newer"])
+def large_guest(place: Path, request: pytest.FixtureRequest) -> Iterator[BootGuest]:
     """One with so much memory that saving it takes a while."""
+    program = newer("qemu-system-x86_64") if request.param == "newer" else None
     (place / "content").write_bytes(os.urandom(MEMORY))
-    made = BootGuest(place, loaded(place))
+    made = BootGuest(place, loaded(place), program=program)
     with contextlib.closing(made):
         made.wait_written(64)
         yield made
@@ -263,6 +273,16 @@ def test_the_repository_is_full(large_guest: BootGuest) -> None:
     with pytest.raises(RepositoryFull):
         take(large_guest, then=fail(RepositoryFull("full")))
     assert_guest_goes_on(large_guest)
+
+
+def test_cancelling_while_the_guest_is_paused(place: Path) -> None:
+    (place / "content").write_bytes(os.urandom(MEMORY))
+    control = LiveControl()
+    with contextlib.closing(BootGuest(place, loaded(place), program=newer("qemu-system-x86_64"))) as guest:
+        guest.wait_written(64)
+        with pytest.raises(Interrupted, match="enough"):
+            take(guest, StateWay.PAUSED, lambda: control.cancel("enough"), control)
+        assert_guest_goes_on(guest)
 
 
 def test_cancelling(large_guest: BootGuest) -> None:
@@ -321,6 +341,49 @@ def test_jobs_that_cannot_be_started(guest: BootGuest, monkeypatch: pytest.Monke
     assert_guest_goes_on(guest)
 
 
+def test_qemu_does_not_answer_for_long(guest: BootGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backup gives up; its sink does not, until the guest goes on."""
+    monkeypatch.setattr(PushSource, "_take_instant", lambda _self: fail(BackupBroken("no jobs"))())
+    monkeypatch.setattr(vmstate, "_resume", lambda _qmp: None)
+    monkeypatch.setattr(vmstate, "undo", lambda _qmp, _what: fail(QmpTimeout("no answer"))())
+    with guest.qmp() as qmp:
+        disks = find_disks(qmp, Selection())
+        source = PushSource(qmp, detect(qmp), LiveOptions(vmstate=StateWay.BACKGROUND), LiveControl(), print)
+        with pytest.raises(BackupBroken, match="no jobs"):
+            source.run([DiskTask(disk, None) for disk in disks], Taken([disk.size_bytes for disk in disks]))
+        assert not qmp.execute("query-status")["running"]
+    wait_untouched(guest)
+    assert_guest_goes_on(guest)
+
+
+def wait_untouched(guest: BootGuest) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        with contextlib.suppress(CasbackupError, AssertionError), guest.qmp() as qmp:
+            assert_untouched(qmp)
+            assert not tracked(guest)
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+MOMENTS = 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_cancelling_at_any_moment_leaves_nothing(large_guest: BootGuest) -> None:
+    rng = random.Random(2)
+    for _ in range(MOMENTS):
+        control = LiveControl(speed_limit_bytes_s=64 * MiB)
+        timer = threading.Timer(rng.uniform(0, 2.5), lambda control=control: control.cancel("enough"))  # type: ignore[misc]
+        timer.start()
+        with contextlib.suppress(Interrupted):
+            take(large_guest, control=control)
+        timer.cancel()
+    assert_guest_goes_on(large_guest)
+
+
 CODE = """
 import sys, time
 from casbackup.qemu.control import LiveControl
@@ -361,11 +424,5 @@ def test_the_backup_is_killed_and_its_sink_cleans_up(large_guest: BootGuest, mom
     finally:
         process.kill()
         process.communicate()
-    deadline = time.monotonic() + 30
-    while True:
-        with contextlib.suppress(CasbackupError, AssertionError), large_guest.qmp() as qmp:
-            assert_untouched(qmp)
-            break
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_untouched(large_guest)
     assert_guest_goes_on(large_guest)
