@@ -43,7 +43,7 @@ def run_gateway(
 def _socket(listen: Listen) -> socket.socket:
     if not listen.is_loopback:
         raise UsageError(
-            f"a gateway is for loopback addresses, which {listen.host} is none of: what it gives is readable"
+            f"a gateway gives out what is encrypted: for loopback addresses only, and {listen.host} is none"
         )
     host = listen.host.strip("[]")
     try:

@@ -26,6 +26,7 @@ from casbackup_client.options import command, pass_app
 @click.option("--insecure-no-auth", is_flag=True, help="Let everybody do everything; on loopback addresses only.")
 @click.option(
     "--server",
+    metavar="NAME",
     type=click.Choice(["uvicorn", "granian"]),
     help="What speaks HTTP; granian, which must be installed, has the quicker TLS. Default: uvicorn.",
 )
