@@ -332,8 +332,13 @@ def test_the_backup_is_killed_and_its_sink_cleans_up(
         time.sleep(0.1)
 
 
-def test_both_are_killed_and_the_next_run_cleans_up(
-    newer_guest: BootGuest, backup_process: Callable[..., Any], place: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
+def test_both_are_killed_or_hang_and_the_next_run_cleans_up(
+    newer_guest: BootGuest,
+    backup_process: Callable[..., Any],
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    blow: signal.Signals,
 ) -> None:
     """In pull mode QEMU itself lets the guest's writes pass then."""
     monkeypatch.setenv("TMPDIR", str(place))
@@ -341,8 +346,12 @@ def test_both_are_killed_and_the_next_run_cleans_up(
     assert process.stdout.readline() == "data\n"
     (sink,) = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
     for pid in (sink, process.pid):
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, blow)
     assert_guest_goes_on(newer_guest)
+    for pid in (sink, process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
     with newer_guest.qmp() as qmp:
         with pytest.raises(AssertionError):
             assert_clean(qmp)
