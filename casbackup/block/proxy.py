@@ -23,6 +23,7 @@ from casbackup.block.filters.copy_before_write import CopyBeforeWrite, Start, be
 from casbackup.block.filters.point_in_time import Policy
 from casbackup.block.filters.saving import ScratchSaver, SpoolSaver
 from casbackup.block.filters.snapshot_view import SnapshotView
+from casbackup.block.filters.trace import Record, Trace
 from casbackup.block.guard import Guarded
 from casbackup.block.nbd.exports import Export
 from casbackup.block.spool import Spool
@@ -33,20 +34,35 @@ SNAPSHOT_SUFFIX = "@snapshot"
 Scratch = Callable[[int], BlockDevice]
 """Makes the scratch space for a disk of so many bytes: ``SparseMemory`` or ``temporary_device``."""
 
+Report = Callable[[str, Record], None]
+
+
+def _nobody(_export: str, _record: Record) -> None:
+    """Nobody wants to know."""
+
 
 class DiskProxy(Closing):
     """Some disks of one VM. ``exports`` is what an NBD server is to offer."""
 
     def __init__(
-        self, disks: Mapping[str, BlockDevice], *, scratch: Scratch, limit_bytes: int, policy: Policy | None = None
+        self,
+        disks: Mapping[str, BlockDevice],
+        *,
+        scratch: Scratch,
+        limit_bytes: int,
+        policy: Policy | None = None,
+        report: Report = _nobody,
     ) -> None:
         """Takes over ``disks``, which are by name.
 
         ``scratch``, ``limit_bytes``: where what the guest overwrites is kept for readers, and how much for each
         disk. Beyond that, by the ``policy``, the snapshot breaks or the guest's write does.
+
+        ``report``: gets a record of each call on an export, with the export's name.
         """
+        self._report = report
         self._disks = {name: CopyBeforeWrite(disk) for name, disk in disks.items()}
-        self._live = {name: Guarded(disk) for name, disk in self._disks.items()}
+        self._live = {name: self._traced(name, disk) for name, disk in self._disks.items()}
         self._scratch = scratch
         self._limit_bytes = limit_bytes
         self._policy = policy or Policy()
@@ -93,7 +109,10 @@ class DiskProxy(Closing):
             if not self._readers:
                 self._views = self._begin()
             self._readers += 1
-            return Guarded(_Reader(self._views[name], self._close_snapshot))
+            return self._traced(name + SNAPSHOT_SUFFIX, _Reader(self._views[name], self._close_snapshot))
+
+    def _traced(self, export: str, device: BlockDevice) -> Guarded:
+        return Guarded(Trace(device, partial(self._report, export)))
 
     def _close_snapshot(self) -> None:
         with self._lock:

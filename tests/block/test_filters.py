@@ -90,6 +90,19 @@ def test_a_trace_tells_of_every_call() -> None:
     with pytest.raises(SourceUnreadable):
         read_bytes(trace, 0, 1)
     assert isinstance(records[-1].error, SourceUnreadable)
+    slow.set_rules(Rule(frozenset({Operation.EXTENTS})))
+    with pytest.raises(SourceUnreadable):
+        list(trace.extents(0, SIZE))
+    assert records[-1].operation is Operation.EXTENTS and isinstance(records[-1].error, SourceUnreadable)
+
+
+def test_a_trace_of_extents_that_nobody_wants_to_the_end() -> None:
+    records = list[Record]()
+    extents = Trace(MemoryDevice(b"a" * 4096 + bytes(SIZE - 4096)), records.append).extents(0, SIZE)
+    next(extents)
+    assert not records
+    extents.close()  # type: ignore[attr-defined]
+    assert [(record.operation, record.error) for record in records] == [(Operation.EXTENTS, None)]
 
 
 # --- faults

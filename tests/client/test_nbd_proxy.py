@@ -113,7 +113,8 @@ def test_too_little_scratch_space_breaks_the_backup_and_not_the_guest(cb: Casbac
         assert error["code"] == "nbd-request-failed" and "131072" in error["message"]
         assert read_bytes(guest, 2 * 128 * 1024, BLOCK) == b"b" * BLOCK
     assert cb.json("snapshots")["snapshots"] == []
-    assert ended(process)[0] == 0
+    status, _out, err = ended(process)
+    assert status == 0 and err.startswith("casbackup: disk@snapshot: ") and "131072" in err
 
 
 class Machine:

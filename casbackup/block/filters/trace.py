@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
 
 from casbackup.block.device import BlockDevice, Extent
 from casbackup.block.filters.base import Filter
 from casbackup.block.filters.operation import Operation
 from casbackup.clock import Clock, SystemClock
 from casbackup.fs import Buffer
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +31,8 @@ class Record:
 class Trace(Filter):
     """Hands a record of each call to ``report``, in the thread of the call, after its end.
 
-    ``extents`` counts as ended when it has given its iterator. What ``report`` raises reaches the caller.
+    ``extents`` begins and ends with the use of its iterator, however far that goes. What ``report`` raises reaches the
+    caller.
     """
 
     def __init__(self, device: BlockDevice, report: Callable[[Record], None], *, clock: Clock | None = None) -> None:
@@ -44,29 +42,37 @@ class Trace(Filter):
         self._clock = clock or SystemClock()
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        self._traced(Operation.READ, offset, len(buffer), partial(self._below.read_into, offset, buffer))
+        with self._traced(Operation.READ, offset, len(buffer)):
+            self._below.read_into(offset, buffer)
 
     def write(self, offset: int, data: Buffer) -> None:
-        self._traced(Operation.WRITE, offset, len(data), partial(self._below.write, offset, data))
+        with self._traced(Operation.WRITE, offset, len(data)):
+            self._below.write(offset, data)
 
     def write_zeros(self, offset: int, length: int, *, may_trim: bool = True) -> None:
-        call = partial(self._below.write_zeros, offset, length, may_trim=may_trim)
-        self._traced(Operation.WRITE_ZEROS, offset, length, call)
+        with self._traced(Operation.WRITE_ZEROS, offset, length):
+            self._below.write_zeros(offset, length, may_trim=may_trim)
 
     def discard(self, offset: int, length: int) -> None:
-        self._traced(Operation.DISCARD, offset, length, partial(self._below.discard, offset, length))
+        with self._traced(Operation.DISCARD, offset, length):
+            self._below.discard(offset, length)
 
     def flush(self) -> None:
-        self._traced(Operation.FLUSH, 0, 0, self._below.flush)
+        with self._traced(Operation.FLUSH, 0, 0):
+            self._below.flush()
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
-        return self._traced(Operation.EXTENTS, offset, length, partial(self._below.extents, offset, length))
+        with self._traced(Operation.EXTENTS, offset, length):
+            yield from self._below.extents(offset, length)
 
-    def _traced(self, operation: Operation, offset: int, length: int, call: Callable[[], _Result]) -> _Result:
+    @contextlib.contextmanager
+    def _traced(self, operation: Operation, offset: int, length: int) -> Iterator[None]:
         start_s = self._clock.monotonic_s()
         failure: BaseException | None = None
         try:
-            return call()
+            yield
+        except GeneratorExit:  # nobody wants more extents
+            raise
         except BaseException as error:
             failure = error
             raise

@@ -85,14 +85,19 @@ def nbd_proxy(
     address = flags.address()
     from casbackup.block.proxy import DiskProxy
     from casbackup.block.sparse import temporary_device
+    from casbackup.clock import SystemClock
     from casbackup.units import parse_size
+    from casbackup_client.failedcalls import FailedCalls
 
     limit_bytes, policy = parse_size(scratch_limit), _policy(on_failure, max_guest_stall)
     with contextlib.ExitStack() as stack:
         opened = _opened(_named(disks), stack)
         scratch = partial(temporary_device, folder=scratch_folder)
         scratch(1).close()  # whether there can be any is better known now than at the first backup
-        proxy = stack.enter_context(DiskProxy(opened, scratch=scratch, limit_bytes=limit_bytes, policy=policy))
+        failed = FailedCalls(app.output.complain, SystemClock())
+        proxy = stack.enter_context(
+            DiskProxy(opened, scratch=scratch, limit_bytes=limit_bytes, policy=policy, report=failed.note)
+        )
         _serve(app, flags, address, proxy, opened)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -84,7 +85,7 @@ def nbd_serve(
             ServedSnapshot(pool, snapshot, report=app.output.complain) as served,
             contextlib.ExitStack() as stack,
         ):
-            overlays = _overlays(served, disks, overlay_folder, stack) if writable else {}
+            overlays = _overlays(app, served, disks, overlay_folder, stack) if writable else {}
             _serve(app, flags, address, snapshot, {name: overlays.get(name, served.disks[name]) for name in disks})
             if vm is not None:
                 _save(app, peer, snapshot, vm, overlays)
@@ -120,15 +121,21 @@ def _require_writable(app: App, peer: Peer, vm: VmName) -> None:
 
 
 def _overlays(
-    served: ServedSnapshot, disks: Sequence[DiskName], folder: str | None, stack: contextlib.ExitStack
+    app: App, served: ServedSnapshot, disks: Sequence[DiskName], folder: str | None, stack: contextlib.ExitStack
 ) -> dict[DiskName, Overlay]:
     """``stack`` closes them."""
     from casbackup.block.filters.overlay import Overlay
+    from casbackup.block.filters.trace import Trace
     from casbackup.block.sparse import temporary_device
+    from casbackup.clock import SystemClock
+    from casbackup_client.failedcalls import FailedCalls
+
+    failed = FailedCalls(app.output.complain, SystemClock())
 
     def overlay(name: DiskName) -> Overlay:
         disk = served.disks[name]
-        return stack.enter_context(Overlay(disk, temporary_device(disk.size_bytes, folder)))
+        written = Trace(temporary_device(disk.size_bytes, folder), partial(failed.note, name))
+        return stack.enter_context(Overlay(disk, written))
 
     return {name: overlay(name) for name in disks}
 
