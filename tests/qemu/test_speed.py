@@ -13,12 +13,13 @@ import pytest
 from casbackup.qemu.control import LiveControl
 from casbackup.qemu.disks import Selection, find_disks
 from casbackup.qemu.features import detect
+from casbackup.qemu.machine import Machine
 from casbackup.qemu.push import PushSource
 from casbackup.qemu.qmp import QmpClient
-from casbackup.qemu.source import DiskTask, FreezePolicy, LiveOptions
+from casbackup.qemu.source import DiskTask, FreezePolicy, LiveOptions, Mode
 from casbackup.repository.repository import Repository
 
-from .conftest import Daemon, need
+from .conftest import Daemon, Vm, need
 from .test_live import Backups
 
 pytestmark = [pytest.mark.qemu, pytest.mark.bench, pytest.mark.timeout(600)]
@@ -57,6 +58,11 @@ def to_nobody(qmp: QmpClient) -> None:
     PushSource(qmp, detect(qmp), options, LiveControl(), print).run([DiskTask(d, None) for d in disks], Nothing())
 
 
+def in_mode(qmp: QmpClient, mode: Mode) -> None:
+    machine = Machine(qmp, Selection(), LiveOptions(freeze=FreezePolicy.NEVER), mode)
+    machine.source(LiveControl(), print, None).run([DiskTask(disk, None) for disk in machine.disks], Nothing())
+
+
 def best_s(run: Callable[[], object]) -> float:
     times = []
     for _ in range(REPEATS):
@@ -91,3 +97,19 @@ def test_speed(place: Path, repository: Repository) -> None:
         f"repeat {rate / repeat:.0f} MB/s ({null / repeat:.2f}x), empty increment {increment:.2f} s"
     )
     assert null / sink >= 0.5
+
+
+def test_pulling_is_as_fast_as_pushing(place: Path) -> None:
+    disk = place / "a.raw"
+    with disk.open("wb") as file:
+        for _ in range(64):
+            file.write(os.urandom(GiB // 64))
+    vm = Vm(place, {"a": disk})
+    try:
+        with vm.qmp() as qmp:
+            push, pull = (best_s(lambda mode=mode: in_mode(qmp, mode)) for mode in (Mode.PUSH, Mode.PULL))  # type: ignore[misc]
+    finally:
+        vm.close()
+    rate = GiB / 1e6
+    print(f"\npush {rate / push:.0f} MB/s, pull {rate / pull:.0f} MB/s ({push / pull:.2f}x)")
+    assert push / pull >= 0.8
