@@ -192,6 +192,7 @@ class _Rekey:
         cache = BlobCache(self._source)
         disks = [self._disk(disk, store, sending, cache) for disk in manifest.disks]
         configs = [store.config(config.name, read_config(self._source, config)) for config in manifest.configs]
+        self.read_bytes += sum(config.size_bytes for config in configs)
         sending.settle()
         made = replace(
             manifest,

@@ -26,9 +26,11 @@ from casbackup.block.nbd.client import NbdClient
 from casbackup.block.nbd.uri import parse_uri
 from casbackup.clock import SystemClock
 from casbackup.codec.master_key import MasterKey
-from casbackup.errors import ClockSkewed
+from casbackup.errors import ClockSkewed, RightMissing
 from casbackup.ids import DEFAULT_NAMESPACE, VmName
 from casbackup.jobs.backup import backup
+from casbackup.jobs.rekey import rekey
+from casbackup.jobs.sync import SyncRequest
 from casbackup.keys.ring import KeyRing
 from casbackup.keys.wrapping import unwrap
 from casbackup.limits import MAX_CLOCK_SKEW_MS
@@ -347,6 +349,38 @@ def test_clients_that_may_only_add(sealed: Running, isolated: bool) -> None:
         assert [s.id for s in peer.snapshots(DEFAULT_NAMESPACE, VmName("vm/100"))] == [first.id, second.id]
     opened = SealedPeer(sealed.local(), KEY)
     assert restored(opened, opened.find("vm/100", DEFAULT_NAMESPACE)) == content
+
+
+def test_rekeying_over_http(sealed: Running, tmp_path: Path) -> None:
+    """From a plain server to one with a key, and on to a folder with another key."""
+    content = {"scsi0": CONTENT, "a.conf": b"a"}
+    with serving(tmp_path / "plain", token_gate) as plain:
+        made = backup(plain.local(), request(content, VmName("vm/100")))
+        reader = grant(plain.folder, Right.RESTORE, vms=("vm/100",), isolated=True)
+        writer = grant(sealed.folder, Right.BACKUP, Right.PRUNE)
+        with plain.peer(reader) as source, sealed.peer(writer) as stored:
+            report = rekey(source, SealedPeer(stored, KEY), SyncRequest())
+            assert report.expected.content_bytes is None  # an isolated token is not told what others have, too
+            assert (report.sync.is_complete, report.sync.total.chunks > 0) == (True, True)
+            assert rekey(source, SealedPeer(stored, KEY), SyncRequest()).read_bytes == 0
+    (copy,) = SealedPeer(sealed.local(), KEY).snapshots()
+    assert (copy.manifest.copy_of, copy.manifest.time_ms) == (made.id, made.manifest.time_ms)
+    other = MasterKey(bytes(32))
+    reader = grant(sealed.folder, Right.RESTORE)
+    with (
+        Repository.create(str(tmp_path / "other"), key_fingerprint=other.fingerprint) as repository,
+        sealed.peer(reader) as source,
+    ):
+        target = SealedPeer(LocalPeer(repository), other)
+        report = rekey(SealedPeer(source, KEY), target, SyncRequest())
+        assert report.expected.content_bytes == report.read_bytes > 6 * MiB
+        assert restored(target, target.snapshots()[0]) == content
+    with sealed.peer(grant(sealed.folder, Right.BACKUP)) as stored:
+        peer = SealedPeer(stored, KEY)
+        session = peer.open_session(DEFAULT_NAMESPACE, VmName("vm/100"))
+        with pytest.raises(RightMissing, match="prune"):  # who copies decides about times and pins
+            session.adopt(peer.as_stored(copy.manifest))
+        session.abort()
 
 
 def _document(process: subprocess.Popen[str]) -> Any:

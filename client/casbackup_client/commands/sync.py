@@ -100,6 +100,8 @@ def _rekey(
 
     here, there = find_ends(app, source, destination)
     with opened(app, here, KeyUse.NEEDED) as first, opened(app, there, KeyUse.NEEDED) as second:
+        if not second.config.encrypted and not request.dry_run:
+            app.output.complain("the destination is not encrypted: whoever has it can read what is copied")
         keys = first.config.key_fingerprint or None, second.config.key_fingerprint or None
         with app.progress() as progress:
             report = job(first, second, request, announce, limit=limit, progress=progress)
