@@ -526,7 +526,7 @@ class ToolMissing(SourceError):
     """A program that this needs is not installed."""
 
     code = "tool-missing"
-    advice = "Install it (Debian: apt install qemu-utils, or lzop)."
+    advice = "Install what the message names (Debian has it in qemu-utils, lzop, fuse3)."
 
 
 class ToolFailed(SourceError):
