@@ -60,7 +60,9 @@ def mount(app: App, places: tuple[str, ...], allow_other: bool, cache: str | Non
     try:
         from casbackup_client import fusefs
     except (ImportError, OSError) as error:
-        raise ToolMissing(f"mounting needs libfuse (Debian: fuse3) and mfusepy (pip install 'casbackup[fuse]'): {error}") from error
+        raise ToolMissing(
+            f"mounting needs libfuse (Debian: fuse3) and mfusepy (pip install 'casbackup[fuse]'): {error}"
+        ) from error
     from casbackup.clock import SystemClock
     from casbackup.peer.served import ReadPool
     from casbackup_client.openfiles import OpenFiles
