@@ -190,11 +190,11 @@ class _Saver:
         if _BACKGROUND in known:  # switched off by ``forget`` if it was on
             before[_BACKGROUND] = False
         bandwidth = self._qmp.execute("query-migrate-parameters")["max-bandwidth"]
-        self._undo = Undo(capabilities=before, max_bandwidth=bandwidth)
-        self._sink.undo(self._undo)
+        settings = Undo(capabilities=before, max_bandwidth=bandwidth)
+        self._change(settings)
         self._way = self._choose(before)
         cancels = self._way is StateWay.PAUSED or self._qmp.version >= _CANCELS_SINCE
-        self._change(replace(self._undo, cancels=cancels))
+        self._change(replace(settings, cancels=cancels))
         self._qmp.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH_BYTES_S})
         with self._sink.state_stream() as stream:
             self._qmp.pass_fd(_FD_NAME, stream.fileno())
@@ -249,12 +249,16 @@ class _Saver:
     def _save_in_background(self, take: Callable[[], None], check: Check, deadline_s: float) -> None:
         self._stop()
         take()
+        self._require_time(deadline_s)
         self._migrate()
         while not _is_tracking(self._qmp):
             check()
-            if time.monotonic() > deadline_s:
-                raise BackupBroken(f"the guest would stand still for more than {self._max_pause_s:g} s")
+            self._require_time(deadline_s)
             time.sleep(_POLL_S)
+
+    def _require_time(self, deadline_s: float) -> None:
+        if time.monotonic() > deadline_s:
+            raise BackupBroken(f"the guest would stand still for more than {self._max_pause_s:g} s")
 
     def _save_paused(self, take: Callable[[], None], check: Check) -> None:
         self._stop()

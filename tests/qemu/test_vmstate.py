@@ -316,7 +316,7 @@ def test_the_sink_dies_or_hangs(large_guest: BootGuest, sinks: list[SinkHost], n
 def test_nobody_takes_the_memory(large_guest: BootGuest) -> None:
     """The guest waits for the bound at the most; then the memory is dropped, and it goes on."""
     over = threading.Event()
-    timer = threading.Timer(4, over.set)
+    timer = threading.Timer(2.5, over.set)
 
     def hang() -> None:
         timer.start()
