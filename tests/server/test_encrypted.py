@@ -4,6 +4,7 @@ client.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -100,7 +101,8 @@ class Site:
         places = [path.read_bytes() for path in [*files, self.process.log]]
         assert self.proxy.recorded and sum(map(len, self.proxy.recorded)) > 4 * MiB
         places += map(bytes, self.proxy.recorded)
-        return {secret for secret in SECRETS if any(secret in place for place in places)}
+        searched = [*SECRETS, *_forms_of_keys(self.folder / "keys")]
+        return {secret for secret in searched if any(secret in place for place in places)}
 
 
 @contextlib.contextmanager
@@ -110,9 +112,9 @@ def made(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch, *init: str) 
         patch.setenv("CASBACKUP_KEY_FOLDER", str(tmp_path / "keys"))
         assert run("-r", tmp_path / "repository", "init", *init).status == 0
     process = ServerProcess(tmp_path / "repository")
-    process.start()
-    monkeypatch.setenv("CASBACKUP_KEY_FOLDER", str(tmp_path / "keys"))
     try:
+        process.start()
+        monkeypatch.setenv("CASBACKUP_KEY_FOLDER", str(tmp_path / "keys"))
         with Proxy(process.port) as proxy:
             proxy.recorded = []
             yield Site(process, proxy, tmp_path, run)
@@ -125,6 +127,13 @@ def made(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch, *init: str) 
 def site(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     with made(tmp_path, run, monkeypatch, "--encrypted", "--no-passphrase") as site:
         yield site
+
+
+def _forms_of_keys(folder: Path) -> list[bytes]:
+    if not folder.exists():
+        return []
+    secret = key_of(folder).reveal()
+    return [secret, secret.hex().encode(), base64.b64encode(secret), base64.b32encode(secret)[:50]]
 
 
 def key_of(folder: Path) -> MasterKey:

@@ -111,6 +111,9 @@ def test_a_server_without_the_key_says_why_not(served: Running, tmp_path: Path, 
             problem = answer.json()
             assert problem["code"] == "disk-sealed"
             assert served.repository.config.key_fingerprint in problem["detail"]
+    paths = HTTP.request("GET", f"http://127.0.0.1:{served.port}/v1/openapi.json").json()["paths"]
+    for path in ("/disks/{disk}", "/configs/{config}", "/export"):
+        assert "409" in paths["/v1/repositories/{repository}/snapshots/{snapshot}" + path]["get"]["responses"]
     with RestClient(parse_address(served.url), patience_s=1) as rest:
         found = rest.snapshot(snapshot)
         assert found.sealed
