@@ -148,6 +148,18 @@ def test_clients_that_speak_nonsense_cost_their_own_connection(two_disks: dict[s
     assert all(line.startswith("casbackup: a local client: ") for line in err.splitlines())
 
 
+def test_clients_that_only_look_are_no_news(history: Casbackup, serve: Serve) -> None:
+    need("nbdinfo")
+    process, uris = serve("vm/100")
+    path = uris["scsi0"].partition("socket=")[2]
+    assert subprocess.run(["nbdinfo", f"nbd+unix:///x?socket={path}"], capture_output=True).returncode == 1
+    assert "scsi0" in run("nbdinfo", "--list", f"nbd+unix:///?socket={path}")
+    with socket.socket(socket.AF_UNIX) as stream:
+        stream.connect(path)
+    run("nbdinfo", "--size", uris["scsi0"])
+    assert ended(process) == (0, "", "")
+
+
 def test_the_snapshot_stays_while_it_is_served(cb: Casbackup, two_disks: dict[str, bytes], serve: Serve) -> None:
     process, uris = serve("vm/100")
     (session,) = cb.json("sessions")["sessions"]

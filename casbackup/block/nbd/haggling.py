@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 import struct
 import time
@@ -57,24 +58,33 @@ class Haggling:
         :raise NbdConnectionFailed: when it goes away or takes too long.
         """
         deadline = time.monotonic() + self.wire.timeout_s
-        self._greet()
+        if not self._greet():
+            return None
         for _ in range(limits.MAX_NBD_OPTIONS):
             option, data = self._receive_option()
             if option == nbd.OPT_ABORT:
-                self._reply(option, nbd.REP_ACK)
+                with contextlib.suppress(NbdConnectionFailed):  # it need not wait for that
+                    self._reply(option, nbd.REP_ACK)
                 return None
             if (chosen := self._answer(option, data)) is not None:
                 return chosen
             self.wire.check(deadline)
         raise NbdProtocolError(f"{self.wire.peer}: more than {limits.MAX_NBD_OPTIONS} options")
 
-    def _greet(self) -> None:
-        self.wire.send(nbd.GREETING.pack(nbd.INIT_MAGIC, nbd.OPTION_MAGIC, _FLAGS))
-        (flags,) = nbd.CLIENT_FLAGS.unpack(self.wire.receive(nbd.CLIENT_FLAGS.size))
+    def _greet(self) -> bool:
+        """False when the client goes at once: it only wanted to know whether somebody listens."""
+        try:
+            self.wire.send(nbd.GREETING.pack(nbd.INIT_MAGIC, nbd.OPTION_MAGIC, _FLAGS))
+            (flags,) = nbd.CLIENT_FLAGS.unpack(self.wire.receive(nbd.CLIENT_FLAGS.size))
+        except NbdConnectionFailed as error:
+            if isinstance(error.__cause__, ConnectionError):
+                return False
+            raise
         if flags & ~_FLAGS:
             raise NbdProtocolError(f"{self.wire.peer}: unknown flags {flags:#x}")
         if flags & nbd.FLAG_NO_ZEROES:
             self._padding = b""
+        return True
 
     def _receive_option(self) -> tuple[int, bytes | None]:
         """Its number and data; None for data that is too long, which has been skipped."""
