@@ -181,12 +181,16 @@ def test_commands_and_what_the_server_sees_of_them(site: Site) -> None:
 
 def test_nbd_serve(site: Site) -> None:
     site.backup()
-    process = client("-r", site.url, "nbd-serve", "vm/100", "--listen", "127.0.0.1:0", "--json")
+    options = ["--listen", "127.0.0.1:0", "--writable", "--save-as", "vm/100-changed", "--json"]
+    process = client("-r", site.url, "nbd-serve", "vm/100", *options)
     document = _document(process)
     with contextlib.closing(NbdClient.connect(parse_uri(document["exports"][0]["uri"]))) as disk:
         assert read_bytes(disk, 0, len(CONTENT)) == CONTENT
+        disk.write(MiB, CHANGED[MiB : MiB + 64 * 1024])
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
+    site.ok("restore", "vm/100-changed", "--to", site.folder / "out")
+    assert (site.folder / "out" / "scsi0.raw").read_bytes() == CHANGED
     assert site.leaks() == set()
 
 
