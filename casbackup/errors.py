@@ -31,7 +31,7 @@
      +- ServerError           a chunk server cannot be reached, or does not do what it is asked
      |   +- ServerUnreachable, ServerBusy, ServerFault, ServerProtocolError, RequestRefused, NeedsFolder,
      |   +- ClockSkewed
-     |   +- TokenMissing, TokenInvalid, RightMissing, SessionDetached, ServerJobNotFound,
+     |   +- CertificateUntrusted, TokenMissing, TokenInvalid, RightMissing, SessionDetached, ServerJobNotFound,
      |   +- ServerJobFailed
      +- LiveBackupError       a backup beside a running guest
      |   +- BackupBroken, GuestWriteRefused, SinkLost, BackupJobFailed, BackupJobNotFound, LiveBackupBusy,
@@ -734,6 +734,16 @@ class ServerUnreachable(ServerError):
     )
 
 
+class CertificateUntrusted(ServerError):
+    """The server's certificate is not that of its address, has expired, or nobody who is trusted vouches for it."""
+
+    code = "certificate-untrusted"
+    advice = (
+        "If the server is yours, name its certificate, or that of its authority, by --cacert, CASBACKUP_CACERT or"
+        " `cacert` in the profile, and use an address that stands in it. Otherwise somebody may be in between."
+    )
+
+
 class ServerBusy(ServerError):
     """The server has too much to do, or answers this client no more for a while."""
 
@@ -776,7 +786,10 @@ class NeedsFolder(ServerError):
 
     code = "needs-folder"
     exit_status = ExitStatus.USAGE
-    advice = "Run it on the server, with -r and the path of the repository's folder."
+    advice = (
+        "Run it on the server, with -r and the path of the repository's folder. A server's own gc, check and forget are"
+        " started from afar with `casbackup server-job start`."
+    )
 
 
 class TokenMissing(ServerError):

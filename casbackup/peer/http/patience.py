@@ -40,6 +40,11 @@ class Patience:
         self._jitter = random.Random()  # not the one that all of the process shares
 
     @property
+    def has_succeeded(self) -> bool:
+        """Has the server ever answered?"""
+        return self._reached
+
+    @property
     def is_lost(self) -> bool:
         """Is there little hope for an answer? Then an attempt should be brief."""
         return self._given_up or (self._ended.is_set() and self._failure is not None)

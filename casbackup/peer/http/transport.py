@@ -17,13 +17,14 @@ from urllib.parse import urlencode
 
 import urllib3
 from urllib3.connection import HTTPConnection
-from urllib3.exceptions import HTTPError, NameResolutionError, ReadTimeoutError, SSLError
+from urllib3.exceptions import HTTPError
 
 from casbackup import __version__
-from casbackup.errors import CasbackupError, ServerUnreachable, UsageError
+from casbackup.errors import UsageError
 from casbackup.peer.http.address import Address
 from casbackup.peer.http.patience import PATIENCE_S, Patience
 from casbackup.peer.http.problems import failure_of
+from casbackup.peer.http.unreachable import not_reached
 from casbackup.spec.wire import BINARY
 
 _ANSWER_S = 300.0
@@ -166,13 +167,7 @@ class Transport:
             finally:
                 _give_back(response, complete=complete)
         except (HTTPError, OSError) as error:
-            raise self._unreachable(error) from error
-
-    def _unreachable(self, error: Exception) -> CasbackupError:
-        failure = ServerUnreachable(f"{self.name} cannot be reached: {_reason(error)}")
-        if isinstance(error, SSLError | NameResolutionError | ReadTimeoutError):
-            failure.__dict__["final"] = True
-        return failure
+            raise not_reached(self.name, error, has_answered=self._patience.has_succeeded) from error
 
 
 class _Connections:
@@ -245,15 +240,3 @@ def _trust(credentials: Credentials) -> ssl.SSLContext:
 
 def _encoded(query: Mapping[str, str]) -> str:
     return urlencode(query)
-
-
-def _reason(error: Exception) -> str:
-    """The innermost cause, without the objects that urllib3 prints around it."""
-    while error.__cause__ is not None or error.__context__ is not None:
-        inner = error.__cause__ or error.__context__
-        if not isinstance(inner, HTTPError | OSError):
-            break
-        error = inner
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).rpartition(": ")[2] or type(error).__name__

@@ -28,7 +28,7 @@ from casbackup_client.options import command, pass_app
     "--server",
     metavar="NAME",
     type=click.Choice(["uvicorn", "granian"]),
-    help="What speaks HTTP; granian, which must be installed, has the quicker TLS. Default: uvicorn.",
+    help="What speaks HTTP: uvicorn, the default, or granian, if it is installed, with quicker TLS.",
 )
 @pass_app
 def serve(
