@@ -41,7 +41,7 @@ from casbackup.qemu.vmstate import SavedState, StateWay
 
 from .conftest import GUEST_DISK_BYTES, BootGuest, Gathering, assert_clean, assert_prefix, need, newer
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 MiB = 1024 * 1024
 
 

@@ -16,7 +16,7 @@ from casbackup_client.main import main
 from .conftest import BootGuest, assert_clean, writes_in
 from .test_vmstate import MEMORY, assert_guest_goes_on, assert_vm_goes_on, loaded
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 VM = "vm/100"
 
 
