@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from casbackup.codec.crypto import SEAL_BYTES, keyed_hash, scrambler, seal, unseal
 from casbackup.codec.hashing import PUBLIC_KEYS, IdKeys, id_keys
 from casbackup.codec.master_key import MasterKey
 from casbackup.codec.records import (
+    Packed,
     compressed,
     decompressed,
+    decompressed_together,
     intact_payload,
     make_record,
     require_checksum,
@@ -19,6 +21,9 @@ from casbackup.errors import BlobDamaged, KeyMissing
 from casbackup.fs import Buffer
 from casbackup.ids import BlobId
 from casbackup.spec.record import FLAG_SEALED, BlobKind, Record, pack_checked
+from casbackup.units import MiB
+
+_GROUP_BYTES = 1 * MiB
 
 
 class Codec:
@@ -83,6 +88,18 @@ class Codec:
             require_checksum(record)
         return self._decoded(record.id, record.kind, record.flags, record.plain_length, record.payload)
 
+    def decode_all(self, records: Sequence[Record]) -> list[Buffer]:
+        """``decode`` for many at once, which takes less time. The results share memory: it is free once none of them is
+        in use.
+        """
+        if self._ids is None:
+            return [self.decode(record) for record in records]
+        blobs = [self._packed(r.id, r.kind, r.flags, r.plain_length, r.payload) for r in records]
+        plains = decompressed_together(blobs)
+        for record, plain in zip(records, plains, strict=True):
+            self._require_id(record.id, record.kind, plain)
+        return plains
+
     def verify(self, record: Record) -> None:
         """Verify what is to be stored as it is: its checksum, and as much of its content as can be.
 
@@ -97,6 +114,15 @@ class Codec:
         :raise BlobDamaged: when something about it is wrong.
         """
         self._verify(record.id, record.kind, record.flags, record.plain_length, record.payload)
+
+    def verify_contents(self, records: Sequence[Record]) -> None:
+        """``verify_content`` for many."""
+        if self._ids is None:
+            for record in records:
+                self.verify_content(record)
+            return
+        for group in grouped(records):
+            self.decode_all(group)
 
     def is_sound(
         self,
@@ -137,13 +163,20 @@ class Codec:
             self._decoded(identity, kind, flags, plain_length, payload)
 
     def _decoded(self, identity: BlobId, kind: int, flags: int, plain_length: int, payload: Buffer) -> Buffer:
+        plain = decompressed(self._packed(identity, kind, flags, plain_length, payload))
+        if self._ids is not None:
+            self._require_id(identity, kind, plain)
+        return plain
+
+    def _packed(self, identity: BlobId, kind: int, flags: int, plain_length: int, payload: Buffer) -> Packed:
         self._require_form(identity, kind, flags)
         if flags & FLAG_SEALED:
             payload = self._unsealed(identity, kind, flags, plain_length, payload)
-        plain = decompressed(identity, plain_length, payload, flags)
-        if self._ids is not None and self._ids.id(kind, plain) != identity:
+        return Packed(identity, plain_length, payload, flags)
+
+    def _require_id(self, identity: BlobId, kind: int, plain: Buffer) -> None:
+        if self.ids.id(kind, plain) != identity:
             raise BlobDamaged(f"the bytes of blob {identity.hex()[:16]} do not have that id")
-        return plain
 
     def _unsealed(self, identity: BlobId, kind: int, flags: int, plain_length: int, payload: Buffer) -> bytes:
         if self._seals is None:
@@ -159,6 +192,20 @@ class Codec:
         sealed = bool(flags & FLAG_SEALED)
         if sealed != (bool(self._fingerprint) and kind != BlobKind.NODE):
             raise BlobDamaged(f"blob {identity.hex()[:16]} is {'' if sealed else 'not '}sealed, against the rule here")
+
+
+def grouped(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """As many together as are worth decoding at once: about 1 MiB of plain bytes, or one that has more."""
+    group: list[Record] = []
+    size = 0
+    for record in records:
+        if size and size + record.plain_length > _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(record)
+        size += record.plain_length
+    if group:
+        yield group
 
 
 PLAIN = Codec("", PUBLIC_KEYS, None)

@@ -23,7 +23,7 @@ from casbackup.progress import NoProgress, Progress
 from casbackup.repository.catalog import Snapshot
 from casbackup.spec.manifest import DiskRecord, Manifest
 from casbackup.tree.builder import TreeBuilder
-from casbackup.workers import run_workers, worker_count
+from casbackup.workers import run_workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +119,7 @@ class _Backup:
         self, peer: Peer, session: PeerSession, request: BackupRequest, progress: Progress, clock: Clock
     ) -> None:
         self._session = session
+        self._workers = peer.workers
         self._request = request
         self._progress = progress
         self._clock = clock
@@ -159,7 +160,7 @@ class _Backup:
                     return
                 builder.set_leaf(filled.number, self._store.segment(buffer, view, filled))
 
-        run_workers(work, worker_count())
+        run_workers(work, self._workers)
         size = disk.segments.size_bytes()
         self._store.known_zeros(size - (self._store.done_bytes - done_before))
         root = builder.finish(size, self._store.nodes)

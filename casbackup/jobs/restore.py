@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from casbackup.block.device import BlockDevice
@@ -22,7 +22,7 @@ from casbackup.fs import Buffer
 from casbackup.ids import ZERO_ID, BlobId
 from casbackup.limits import SEGMENT_BYTES
 from casbackup.peer.api import Peer
-from casbackup.peer.disk import fetch_nodes, verified
+from casbackup.peer.disk import fetch_nodes, verified_each
 from casbackup.progress import NoProgress, Progress
 from casbackup.repository.catalog import Snapshot
 from casbackup.spec.manifest import VMSTATE, ConfigRecord, DiskRecord
@@ -30,7 +30,7 @@ from casbackup.spec.node import Extent
 from casbackup.spec.record import BlobKind
 from casbackup.tree.diff import Range, merged
 from casbackup.tree.reader import DiskTree, Segment
-from casbackup.workers import run_workers, worker_count
+from casbackup.workers import run_workers
 
 _ZEROS = bytes(SEGMENT_BYTES)
 _MANY_EXTENTS = 512
@@ -132,7 +132,7 @@ class _Restore:
                 self._write([piece for segment in window for piece in self._wanted(segment, scratch)])
                 self._progress.advance(done=sum(segment.length for segment in window))
 
-        run_workers(work, worker_count())
+        run_workers(work, self._peer.workers)
         self._progress.finish()
         self._report.lost = list(merged(sorted(self._report.lost)))
         return self._report
@@ -158,8 +158,7 @@ class _Restore:
         for offset, extent in _placed(segment):
             places.setdefault(extent.id, []).append((offset - segment.offset, extent))
         zero_bytes = sum(extent.length for _, extent in places.pop(ZERO_ID, ()))
-        for chunk, record in self._peer.fetch(list(places)):
-            plain = verified(self._peer.codec, record)
+        for chunk, plain in self._fetched(places):
             if isinstance(plain, DataDamage):
                 return False
             view = memoryview(plain)
@@ -177,13 +176,16 @@ class _Restore:
                 self._zero(offset, extent.length, memoryview(b""))
             else:
                 places.setdefault(extent.id, []).append((offset, extent))
-        for chunk, record in self._peer.fetch(list(places)) if places else ():
-            plain = verified(self._peer.codec, record)
+        for chunk, plain in self._fetched(places):
             for offset, extent in places[chunk]:
                 if isinstance(plain, DataDamage):
                     self._lose(offset, extent.length, plain)
                 else:
                     self._put(offset, plain, extent)
+
+    def _fetched(self, chunks: Iterable[BlobId]) -> Iterator[tuple[BlobId, Buffer | DataDamage]]:
+        ids = list(chunks)
+        return verified_each(self._peer.codec, self._peer.fetch(ids)) if ids else iter(())
 
     def _put(self, offset: int, plain: Buffer, extent: Extent) -> None:
         whole = extent.skip == 0 and extent.length == len(plain)

@@ -102,6 +102,10 @@ class Peer(Protocol):
     def codec(self) -> Codec:
         """How its blobs are made and read."""
 
+    @property
+    def workers(self) -> int:
+        """Threads that a job should use with it: more than there are processors where some of them wait for answers."""
+
     def open_session(self, namespace: Namespace, vm: VmName) -> PeerSession: ...
 
     def resume_session(self, session: SessionId) -> PeerSession:

@@ -17,6 +17,7 @@ from casbackup.repository.stored_key import read_stored_key, write_stored_key
 from casbackup.spec.config import RepositoryConfig
 from casbackup.store.blobstore import Fetched
 from casbackup.tree.diff import Range
+from casbackup.workers import worker_count
 
 
 class LocalPeer:
@@ -32,6 +33,10 @@ class LocalPeer:
     @property
     def codec(self) -> Codec:
         return self.repository.codec
+
+    @property
+    def workers(self) -> int:
+        return worker_count()
 
     def open_session(self, namespace: Namespace, vm: VmName) -> Session:
         self.repository.require_writable()

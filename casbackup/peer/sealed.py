@@ -60,6 +60,10 @@ class SealedPeer:
     def config(self) -> RepositoryConfig:
         return self._peer.config
 
+    @property
+    def workers(self) -> int:
+        return self._peer.workers
+
     def open_session(self, namespace: Namespace, vm: VmName) -> SealedSession:
         return SealedSession(self, self._peer.open_session(namespace, vm))
 

@@ -31,14 +31,10 @@ def verified_records(data: Buffer, codec: Codec) -> list[Record]:
 
     :raise ServerProtocolError: when they are not records. :raise BlobDamaged: when one is not what it says.
     """
-    records: list[Record] = []
-    for number, frame in enumerate(parse_frames(data)):
-        record = parse_record(frame, at=f"place {number} of the request")
-        if record.kind != BlobKind.NODE:
-            codec.verify_content(record)
-        records.append(record)
+    records = [parse_record(frame, at=f"place {n} of the request") for n, frame in enumerate(parse_frames(data))]
     if len(records) > MAX_QUESTION_IDS:
         raise RequestRefused(f"more than {MAX_QUESTION_IDS} records in one request")
+    codec.verify_contents([record for record in records if record.kind != BlobKind.NODE])
     return records
 
 

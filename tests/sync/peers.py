@@ -58,6 +58,10 @@ class WatchedPeer:
     def codec(self) -> Codec:
         return self._peer.codec
 
+    @property
+    def workers(self) -> int:
+        return self._peer.workers
+
     def open_session(self, namespace: Namespace, vm: VmName) -> WatchedSession:
         self._asked("open_session")
         return WatchedSession(self, self._peer.open_session(namespace, vm))

@@ -24,10 +24,13 @@ from casbackup.spec.manifest import encode_manifest
 from casbackup.spec.wire import READING_HEADER, FrameParser, pack_ids
 from casbackup.store.blobstore import Fetched
 from casbackup.tree.diff import Range
+from casbackup.workers import worker_count
 
 _FETCH_IDS = 1024
 """Ids of one request: the chunks of about ten segments."""
 _READ_BYTES = 512 * 1024
+_WAITING = 1
+"""Threads of a job that wait for the server while as many as there are processors compute.."""
 
 
 class HttpPeer:
@@ -67,6 +70,10 @@ class HttpPeer:
     @property
     def codec(self) -> Codec:
         return codec_without_key(self.config.key_fingerprint)
+
+    @property
+    def workers(self) -> int:
+        return worker_count() + _WAITING
 
     def open_session(self, namespace: Namespace, vm: VmName) -> HttpSession:
         attachment = new_attachment()
