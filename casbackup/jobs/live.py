@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from casbackup.clock import Clock, SystemClock
 from casbackup.errors import BackupBroken, CasbackupError
-from casbackup.formats.coverage import Coverage
+from casbackup.formats.coverage import Coverage, RangeSet
 from casbackup.ids import BlobId, DiskName, Namespace, SessionId, VmName
 from casbackup.jobs.assembler import Assembler
 from casbackup.jobs.backup import check_annotations, check_configs, parked_on_error
@@ -318,8 +318,12 @@ class _Feed:
         self._plans = plans
         self._coverage = [Coverage(plan.disk.size_bytes) for plan in plans]
         self.read_bytes = 0
-        self.state_bytes = 0
-        """Of the VM's memory, which comes in order as a disk after the others."""
+        self._state = RangeSet()
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the VM's memory, which comes as a disk after the others; mostly, but not always, in order."""
+        return max((end for _start, end in self._state), default=0)
 
     def write(self, disk: str, offset: int, data: memoryview) -> None:
         number = int(disk)
@@ -345,8 +349,8 @@ class _Feed:
             if plan.base is None and not coverage.is_complete:
                 gap = next(coverage.missing())
                 raise BackupBroken(f"{plan.disk.name}: {gap.length} bytes from {gap.offset} never came")
-        if state and not self.state_bytes:
-            raise BackupBroken("the VM's memory never came")
+        if state and [(0, self.state_bytes)] != list(self._state):
+            raise BackupBroken("the VM's memory never came, or not all of it")
 
     def require_truth(self, check: SpotCheck | None) -> None:
         """:raise _BitmapLied: when something had changed that did not come."""
@@ -359,10 +363,11 @@ class _Feed:
                 raise _BitmapLied(f"{place} have changed, and the dirty bitmap does not say so")
 
     def _follow(self, offset: int, data: memoryview) -> None:
-        """:raise BackupBroken: when a piece of the memory is missing before this one."""
-        if offset != self.state_bytes or (offset == 0 and data[: len(STREAM_MAGIC)] != STREAM_MAGIC):
-            raise BackupBroken(f"the VM's memory does not come as it should from byte {self.state_bytes} on")
-        self.state_bytes += len(data)
+        """:raise BackupBroken: when a piece of the memory comes twice, or is none."""
+        twice = any(self._state.overlap(offset, offset + len(data)))
+        if twice or (offset == 0 and data[: len(STREAM_MAGIC)] != STREAM_MAGIC):
+            raise BackupBroken(f"the VM's memory does not come as it should at byte {offset}")
+        self._state.add(offset, offset + len(data))
 
     def _cover(self, number: int, offset: int, length: int) -> None:
         """:raise BackupBroken: when something comes a second time: which of them is right?"""

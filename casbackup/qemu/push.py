@@ -21,8 +21,9 @@ from casbackup.qemu.source import DiskTask, Mode
 from casbackup.units import KiB, MiB
 
 _QUICK = {"max-workers": 4, "max-chunk": 512 * KiB}
-"""QEMU's defaults are no faster and let a guest's write wait behind 16 MiB. Requests of half the size cost a quarter
-more processor time, of twice the size QEMU itself half as much again; with both a guest's write waits as long."""
+"""QEMU's defaults are no faster and let a guest's write wait behind 16 MiB. Requests of half the size cost the sink a
+quarter more processor time, of twice the size QEMU itself half as much again. A guest's write waits no longer than with
+half the size."""
 _GENTLE = {"max-workers": 1, "max-chunk": 64 * KiB}
 """397 MB/s; for targets that are slower anyway."""
 _SLOW_BYTES_S = 100 * MiB

@@ -85,7 +85,7 @@ class LiveSource(Protocol):
         """Hand every wanted range of every disk to ``consumer``, each once, and return when QEMU is done with it.
 
         ``consumer`` is called by one thread at a time, with the place of the disk in ``tasks`` as its name. The VM's
-        memory, if it is wanted, comes in order as the data of one disk more. However this ends, neither jobs nor nodes
+        memory, if it is wanted, comes as the data of one disk more. However this ends, neither jobs nor nodes
         of ours are left in QEMU, and the guest has noticed nothing.
 
         :raise LiveBackupError: when it did not succeed; what the consumer has must be thrown away then. Its own errors

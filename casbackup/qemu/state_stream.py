@@ -21,7 +21,7 @@ _END_S = 30.0
 
 
 class StateReceiver:
-    """Puts a stream into a spool as the data of ``disk``, from offset 0 on, in order; in a thread of its own."""
+    """Puts a stream into a spool as the data of ``disk``, from offset 0 on; in a thread of its own."""
 
     def __init__(self, spool: Backlog, disk: str, stream: socket.socket, *, max_guest_stall_s: float) -> None:
         """``stream`` is taken over."""
@@ -51,31 +51,18 @@ class StateReceiver:
 
     def _take(self, offset: int) -> int:
         """Take what comes next; returns how much it was, 0 at the end."""
-        room = self._room(MAX_BUFFER_BYTES)
-        if room is None:
-            return self._receive(self._waste)
-        length = self._receive(room)
-        if length == len(room):
-            self._spool.write(self._disk, offset, room)
-        else:
-            self._put_rest(offset, room, length)
-        return length
-
-    def _room(self, length: int) -> memoryview | None:
-        room = self._spool.room(length, timeout_s=self._max_guest_stall_s, background=True)
+        room = self._spool.room(MAX_BUFFER_BYTES, timeout_s=self._max_guest_stall_s, background=True)
         if room is None:
             self._spool.fail(
                 BackupBroken(f"no memory of the VM was taken for {self._max_guest_stall_s:g} s; the guest goes first")
             )
-        return room
-
-    def _put_rest(self, offset: int, room: memoryview, length: int) -> None:
-        """A room is handed over as it is lent: the last piece gets one of its size."""
-        rest = self._room(length) if length else None
-        if rest is not None:
-            rest[:] = room[:length]
-            self._spool.write(self._disk, offset, rest)
-        self._spool.give_back(room)
+            return self._receive(self._waste)
+        length = self._receive(room)
+        if length:
+            self._spool.write(self._disk, offset, room, length)
+        else:
+            self._spool.give_back(room)
+        return length
 
     def _receive(self, room: memoryview) -> int:
         with contextlib.suppress(OSError):  # QEMU has died: whoever controls it notices

@@ -94,7 +94,10 @@ def test_keys_of_two_profiles(bare: Casbackup, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("CASBACKUP_REPOSITORY")
     monkeypatch.setenv("CASBACKUP_CONFIG", str(bare.folder / "config.toml"))
     bare.ok("--profile", "old", "backup", "-q", "vm/100", f"scsi0={bare.disk()}")
-    document = bare.json("sync", "--rekey", "profile:old", "profile:new")
+    with monkeypatch.context() as patch:  # what a profile has of its own counts before
+        patch.setenv("CASBACKUP_KEY", key)
+        patch.setenv("CASBACKUP_PASSPHRASE", "of another key")
+        document = bare.json("sync", "--rekey", "profile:old", "profile:new")
     assert document["snapshots"][0]["outcome"] == "copied"
     assert None not in (document["rekey"]["source_key"], document["rekey"]["destination_key"])
     shown = bare.json("--profile", "new", "show", "vm/100")["snapshot"]

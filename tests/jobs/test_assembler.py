@@ -153,6 +153,19 @@ def test_with_room_enough_segments_come_whole() -> None:
     assert sink.disks == expected([size], pieces)
 
 
+def test_beginnings_of_more_segments_than_there_are_whole_buffers() -> None:
+    """None of them gets further; at the end all are handed on as they are."""
+    count, length = 40, 100 * 1024
+    sizes = [count * SEGMENT_BYTES]
+    pieces = [(0, number * SEGMENT_BYTES, length, False) for number in range(count)]
+    sink = Disks(sizes)
+    with Assembler(sizes, sink, workers=2) as assembler:
+        deliver(assembler, pieces)
+        assembler.finish(partial=True)
+    assert sorted(sink.whole) == [(0, number) for number in range(count)]
+    assert sink.disks == expected(sizes, pieces)
+
+
 def test_when_memory_is_short_the_oldest_goes_in_parts() -> None:
     size = 3 * SEGMENT_BYTES
     sink = Disks([size])

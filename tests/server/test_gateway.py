@@ -144,6 +144,8 @@ def test_it_gives_what_a_server_cannot(
         assert head.headers["Content-Length"] == str(len(CONTENT))
         config = HTTP.request("GET", f"{url}/snapshots/{snapshot[:8]}/configs/vm.conf")
         assert config.data == CONFIG
+        compared = HTTP.request("GET", f"{url}/snapshots/{snapshot}/diff?to={snapshot}")
+        assert compared.data.splitlines()[-1] == b'{"complete":true}'
         archive = HTTP.request("GET", f"{url}/snapshots/{snapshot}/export?format=tar")
         with tarfile.open(fileobj=io.BytesIO(archive.data)) as tar:
             disk = tar.extractfile("scsi0.raw")
