@@ -167,7 +167,7 @@ class ServerProcess:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(_paths())},
                 text=True,
             )
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log.read_text()
             if self.answers():
