@@ -33,3 +33,14 @@ def test_it_exists(name: str) -> None:
     else:
         beginning = f"def test_{name.removesuffix('…')}"
         assert [path for path, text in SOURCES.items() if beginning in text]
+
+
+def test_each_claim_about_rest_has_one_that_exists() -> None:
+    section = PAGE.partition("## Restores and jobs over REST")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 15
+    known = {name for text in SOURCES.values() for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)}
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row.rpartition("|")[0].rpartition("|")[2])
+        assert named, row
+        assert set(named) <= known, row
