@@ -45,16 +45,22 @@ def archive_target(path: str, *, compression: str = "none", force: bool = False)
     """
     if compression not in COMPRESSIONS:
         raise UsageError(f"{compression!r} is no compression; there are {', '.join(COMPRESSIONS)}")
-    with _plain_target(path, force=force) as plain, _compressing(plain, compression) as target:
+    with _plain_target(path, force=force) as plain, _compressing(plain, compression, worker_count()) as target:
         yield target
 
 
 @contextlib.contextmanager
-def descriptor_target(descriptor: int, name: str, *, compression: str = "none") -> Iterator[ByteTarget]:
-    """An open pipe as a place to write an archive to. It stays the caller's, and open."""
+def descriptor_target(
+    descriptor: int, name: str, *, compression: str = "none", zstd_threads: int | None = None
+) -> Iterator[ByteTarget]:
+    """An open pipe as a place to write an archive to. It stays the caller's, and open.
+
+    ``zstd_threads``: 0 compresses in the caller's thread, which takes little memory; None: one for each processor.
+    """
     plain = DescriptorTarget(descriptor, name)
     try:
-        with _compressing(plain, compression) as target:
+        threads = worker_count() if zstd_threads is None else zstd_threads
+        with _compressing(plain, compression, threads) as target:
             yield target
     finally:
         plain.close()
@@ -155,7 +161,7 @@ def written(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _compressing(plain: DescriptorTarget, compression: str) -> Iterator[ByteTarget]:
+def _compressing(plain: DescriptorTarget, compression: str, zstd_threads: int) -> Iterator[ByteTarget]:
     if compression == "none":
         yield plain
     elif compression == "lzop":
@@ -165,7 +171,7 @@ def _compressing(plain: DescriptorTarget, compression: str) -> Iterator[ByteTarg
             if (failure := child.ended()) is not None:
                 raise ToolFailed(failure)
     else:
-        target = _ZstdTarget(plain) if compression == "zstd" else _GzipTarget(plain)
+        target = _ZstdTarget(plain, zstd_threads) if compression == "zstd" else _GzipTarget(plain)
         yield target
         target.finish()
 
@@ -188,14 +194,16 @@ class _Streaming:
 
 
 class _ZstdTarget(_Streaming):
-    """Compresses in as many threads as there are processors. The head comes out at once."""
+    """Compresses in ``threads`` of its own, each of which takes some 50 MB; 0: in the caller's. The head comes out at
+    once.
+    """
 
-    def __init__(self, plain: ByteTarget) -> None:
+    def __init__(self, plain: ByteTarget, threads: int) -> None:
         import zstandard  # noqa: PLC0415  25 ms that other targets need not pay
 
         super().__init__()
         self._plain = plain
-        compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, threads=worker_count(), write_checksum=True)
+        compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, threads=threads, write_checksum=True)
         self._compressor: zstandard.ZstdCompressionObj = compressor.compressobj()
         self._flush_block = zstandard.COMPRESSOBJ_FLUSH_BLOCK
 

@@ -50,7 +50,9 @@ class RunningExport:
 
     def _run(self) -> None:
         try:
-            with descriptor_target(self._writing, "the client", compression=self._compression) as target:
+            with descriptor_target(
+                self._writing, "the client", compression=self._compression, zstd_threads=0
+            ) as target:
                 export(self._peer, self._plan, self._writer, target)
         except TargetClosed:
             pass

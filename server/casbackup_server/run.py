@@ -16,6 +16,7 @@ from casbackup_server.audit import Audit
 from casbackup_server.budget import ByteBudget
 from casbackup_server.gate import Gate, OpenGate, TokenGate
 from casbackup_server.granian_front import run_granian
+from casbackup_server.heap import bound_heap
 from casbackup_server.jobs.configured import configured_tasks, zone_of
 from casbackup_server.jobs.notify import notifier_for
 from casbackup_server.jobs.schedule import scheduled
@@ -38,6 +39,7 @@ def run(settings: Settings) -> None:
 
     :raise RepositoryError: when a repository cannot be opened. :raise UsageError: when the settings are not safe.
     """
+    bound_heap()
     listen = parse_listen(settings.listen)
     require_safe(settings, listen)
     paths = {name: item.path for name, item in settings.repositories.items()}
