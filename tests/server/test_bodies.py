@@ -7,20 +7,26 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from casbackup.errors import CasbackupError
 from casbackup.ids import DEFAULT_NAMESPACE, VmName
+from casbackup.peer.http.address import parse_address
+from casbackup.peer.http.peer import HttpPeer
 from casbackup.peer.http.session import HttpSession
+from casbackup.peer.http.transport import Credentials
 from casbackup.spec.record import Record
 from casbackup.spec.wire import ATTACHMENT_HEADER, unpack_flags
 from casbackup.testing.peer import chunk
 from casbackup_server import guard
 
-from .conftest import Running
+from .conftest import Running, serving
 
 
 @pytest.fixture
@@ -149,3 +155,30 @@ def test_what_follows_a_body_that_was_given_up_is_no_request(
     with contextlib.suppress(OSError):
         connection.socket.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
         assert connection.answer() == (0, b"")
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("tls", [False, True])
+def test_with_any_loop_and_with_tls(tmp_path: Path, loop: str, tls: bool) -> None:
+    settings = _certificate(tmp_path) if tls else {}
+    with serving(tmp_path / "repository", loop=loop, **settings) as server:
+        url = server.url.replace("http:", "https:") if tls else server.url
+        with HttpPeer(parse_address(url), Credentials(cacert=settings.get("ssl_certfile"))) as peer:
+            sent = records(6, 200)
+            session = peer.open_session(DEFAULT_NAMESPACE, VmName("vm/100"))
+            assert session.send(sent).blobs == len(sent)
+            fetched = dict(peer.fetch([record.id for record in sent]))
+            assert [fetched[record.id] for record in sent] == sent
+            session.abort()
+
+
+def _certificate(folder: Path) -> dict[str, Any]:
+    made = {"ssl_certfile": str(folder / "cert.pem"), "ssl_keyfile": str(folder / "key.pem")}
+    done = subprocess.run(
+        f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost "
+        f"-addext subjectAltName=IP:127.0.0.1 -keyout {made['ssl_keyfile']} -out {made['ssl_certfile']}".split(),
+        capture_output=True,
+    )
+    if done.returncode:
+        pytest.skip("openssl is not there to make a certificate")
+    return made
