@@ -174,7 +174,7 @@ def test_manifests_that_exceed_limits(running: Running, session: HttpSession) ->
     for bad in (
         replace(draft, labels=("not a label",)),
         replace(draft, labels=("x",) * 65),
-        replace(draft, notes="x" * 70_000),
+        replace(draft, notes="x" * 100_000),
         replace(draft, host="x" * 5000),
         replace(draft, disks=(disk, disk)),
         replace(draft, disks=tuple(replace(disk, name=DiskName(f"d{n}")) for n in range(255))),
