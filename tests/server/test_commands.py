@@ -157,7 +157,7 @@ def test_tls(tmp_path: Path, run: Run) -> None:
     with serving(tmp_path / "repository", ssl_certfile=certificate, ssl_keyfile=key) as server:
         url = server.url.replace("http:", "https:")
         result = run("-r", url, "snapshots", "--json")
-        assert json.loads(result.err)["error"]["code"] == "server-unreachable"
+        assert json.loads(result.err)["error"]["code"] == "certificate-untrusted"
         assert "certificate" in json.loads(result.err)["error"]["message"]
         assert run("-r", url, "--cacert", certificate, "snapshots").status == 0
         assert run("-r", url, "--cacert", key, "snapshots").status == 2
