@@ -206,17 +206,28 @@ class StoreWriter:
             raise self._failure
 
     def _make_durable(self, written: _Written, *, sealed: bool) -> None:
-        pack = written.pack
+        """A failure is final: after a failed sync the system may have dropped what it could not write, and the next
+        sync would succeed all the same.
+        """
         with self._indexing:
-            if not sealed and pack.indexed >= written.records:
-                return  # by somebody else, who may have sealed it since
-            pack.appender.sync()
-            if sealed:
-                pack.appender.close()
-            entries = pack.entries[pack.indexed : written.records]
-            row = PackRow(pack.appender.pack, self._session_number, sealed, written.size_bytes)
-            pack.number = self._store.index.write(lambda txn: self._index(txn, pack.number, row, entries))
-            pack.indexed = written.records
+            self._raise_failure()
+            try:
+                self._sync_and_index(written, sealed=sealed)
+            except Exception as error:
+                self._failure = error
+                raise
+
+    def _sync_and_index(self, written: _Written, *, sealed: bool) -> None:
+        pack = written.pack
+        if not sealed and pack.indexed >= written.records:
+            return  # by somebody else, who may have sealed it since
+        pack.appender.sync()
+        if sealed:
+            pack.appender.close()
+        entries = pack.entries[pack.indexed : written.records]
+        row = PackRow(pack.appender.pack, self._session_number, sealed, written.size_bytes)
+        pack.number = self._store.index.write(lambda txn: self._index(txn, pack.number, row, entries))
+        pack.indexed = written.records
         for entry in entries:
             self._pending.pop(entry.id, None)
             self._outlines.pop(entry.id, None)

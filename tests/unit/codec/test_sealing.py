@@ -44,6 +44,7 @@ MANIFEST = Manifest(
     stats=BackupStats(read_bytes=12288),
     archive=ArchiveOrigin("vma", bytes(16), 1, (ArchivedDisk("secret-a", 1), ArchivedDisk("b", 2)), ("secret-c", "d")),
     live=LiveOrigin("push", "7.2", frozen=False, note="secret reason"),
+    copy_of=SnapshotId("5e" * 32),
 )
 
 
@@ -83,6 +84,7 @@ _CHANGES = {
     "stats": BackupStats(),
     "archive": ArchiveOrigin("vma", None, None, (ArchivedDisk("a"), ArchivedDisk("b")), ("c", "d")),
     "live": LiveOrigin("push", "7.2", frozen=True),
+    "copy_of": SnapshotId("cd" * 32),
 }
 
 

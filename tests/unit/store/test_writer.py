@@ -230,6 +230,37 @@ def test_an_error_in_the_background_reaches_the_next_call(index: Index) -> None:
     assert store.pack_rows() == {}
 
 
+class OnceFailingStorage(MemoryPackStorage):
+    """The first sync fails. Later ones succeed, as they do after a disk has lost what was to be written."""
+
+    def create(self, pack: PackId) -> PackAppender:
+        appender = super().create(pack)
+        right = appender.sync
+        failures = iter([RepositoryFull("no space left")])
+
+        def sync() -> None:
+            for failure in failures:
+                raise failure
+            right()
+
+        appender.sync = sync  # type: ignore[method-assign]
+        return appender
+
+
+def test_nothing_is_promised_after_a_failed_sync(index: Index) -> None:
+    store = BlobStore(index, OnceFailingStorage(), PLAIN)
+    writer = writer_of(store)
+    records = blobs(24, 3)
+    writer.put(records)
+    for _ in range(2):
+        with pytest.raises(RepositoryFull):
+            writer.flush()
+    with pytest.raises(RepositoryFull):
+        writer.flush(seal=True)
+    writer.close()
+    assert store.missing(ids_of(records)) == ids_of(records)
+
+
 def test_many_packs_after_an_error_in_the_background_do_not_block(index: Index) -> None:
     writer = writer_of(BlobStore(index, FailingStorage(), PLAIN))
     with pytest.raises(RepositoryFull):
