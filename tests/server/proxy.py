@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import socket
+import struct
 import threading
 import time
 from types import TracebackType
@@ -63,6 +64,8 @@ class Proxy:
             broken, self._open = self._open, set()
         for end in broken:
             with contextlib.suppress(OSError):
+                # The other end is told at once, also if it is just sending; else it may wait until it times out.
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 end.shutdown(socket.SHUT_RDWR)
             end.close()
 
@@ -106,8 +109,6 @@ class Proxy:
             if self.recorded is not None:
                 record += piece
             due.put((self._time_of(len(piece), upwards), piece))
-            if self._counted(len(piece)):
-                self.cut()
 
     def _give(self, target: socket.socket, due: queue.Queue[tuple[float, bytes]]) -> None:
         while True:
@@ -120,6 +121,8 @@ class Proxy:
                 target.sendall(piece)
             except OSError:
                 return
+            if self._counted(len(piece)):  # here, so that something has always got through
+                self.cut()
 
     def _time_of(self, size: int, upwards: bool) -> float:
         """When a piece that came now has got through."""
