@@ -128,7 +128,7 @@ def reproducible() -> Iterator[None]:
 
     with (
         mock.patch("casbackup.ids._random_id", next_id),
-        mock.patch("casbackup.jobs.backup.worker_count", lambda: 1),
+        mock.patch("casbackup.peer.local.worker_count", lambda: 1),
     ):
         yield
 
