@@ -74,8 +74,8 @@ class Backlog:
 
     @property
     def waiting_bytes(self) -> int:
-        """Memory that is taken now."""
-        return self._pool.lent_bytes
+        """Memory that holds what nobody has taken out yet."""
+        return max(0, self._pool.lent_bytes - self._under_way_bytes)
 
     @property
     def overflown_bytes(self) -> int:

@@ -18,6 +18,8 @@ LOW_FILL, _HIGH = 0.15, 0.4
 _FASTER = 1.5
 _SLOWER, _MUCH_SLOWER = 0.8, 0.3
 _SMOOTHING_S = 1.0
+_STEP_S = 0.05
+"""What comes of a step does not show sooner."""
 
 
 class Rate:
@@ -25,14 +27,17 @@ class Rate:
 
     def __init__(self) -> None:
         self.bytes_s = 0.0
+        self._measured_s = 0.0
         self._last: tuple[float, int] | None = None
 
-    def look(self, now_s: float, taken_bytes: int) -> None:
-        """``taken_bytes``: in all, at this time."""
-        if self._last is not None:
+    def look(self, now_s: float, taken_bytes: int, *, counts: bool = True) -> None:
+        """``taken_bytes``: in all, at this time. ``counts`` false: what was taken since the last look tells nothing."""
+        if self._last is not None and counts:
             elapsed_s, taken = now_s - self._last[0], taken_bytes - self._last[1]
             if elapsed_s > 0:
-                weight = min(1.0, elapsed_s / _SMOOTHING_S)
+                self._measured_s += elapsed_s
+                # In the beginning all of it has the same weight: nothing is known that would be better.
+                weight = min(1.0, elapsed_s / min(_SMOOTHING_S, self._measured_s))
                 self.bytes_s += weight * (taken / elapsed_s - self.bytes_s)
         self._last = now_s, taken_bytes
 
@@ -43,7 +48,10 @@ class Pace:
     def __init__(self, memory_bytes: int) -> None:
         self._memory = memory_bytes
         self._limit = float(_FIRST_BYTES_S)
+        self._stepped_s: float | None = None
         self._rate = Rate()
+        self._able = Rate()
+        """While it has something to take, for otherwise it is the speed itself that is measured."""
 
     @property
     def taken_bytes_s(self) -> float:
@@ -53,11 +61,16 @@ class Pace:
     def look(self, now_s: float, taken_bytes: int, waiting_bytes: int) -> int:
         """``taken_bytes``: by the backup, in all. Returns the speed for all jobs together, 0 for unlimited."""
         self._rate.look(now_s, taken_bytes)
-        fill = waiting_bytes / self._memory
+        self._able.look(now_s, taken_bytes, counts=waiting_bytes > 0)
+        if self._stepped_s is None or now_s - self._stepped_s >= _STEP_S:
+            self._stepped_s = now_s
+            self._step(waiting_bytes / self._memory)
+        return 0 if self._limit >= _UNLIMITED_BYTES_S else int(self._limit)
+
+    def _step(self, fill: float) -> None:
         if fill > _HIGH:
-            self._limit = max(_LEAST_BYTES_S, _MUCH_SLOWER * self.taken_bytes_s)
+            self._limit = max(_LEAST_BYTES_S, _MUCH_SLOWER * self._able.bytes_s)
         elif fill > LOW_FILL:
-            self._limit = max(_LEAST_BYTES_S, min(self._limit, _SLOWER * self.taken_bytes_s))
+            self._limit = max(_LEAST_BYTES_S, min(self._limit, _SLOWER * self._able.bytes_s))
         else:
             self._limit = min(_UNLIMITED_BYTES_S, _FASTER * self._limit)
-        return 0 if self._limit >= _UNLIMITED_BYTES_S else int(self._limit)
