@@ -12,6 +12,7 @@ notes alone: VM, seed and round.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
 import select
@@ -121,11 +122,9 @@ def read_loop(root: str) -> None:
         rounds = 0
         while not stopped() or rounds < 2:
             for snapshot in snapshots:
-                if repository.catalog.get(snapshot.key) is None:
-                    continue
-                with peer.reading(snapshot):
-                    if repository.catalog.get(snapshot.key) is not None:  # else it went before it was held
-                        verify_snapshot(repository, snapshot)
+                # It may go before it is held.
+                with contextlib.suppress(SnapshotNotFound), peer.reading(snapshot):
+                    verify_snapshot(repository, snapshot)
             rounds += 1
         if not snapshots:
             raise SnapshotNotFound("there was nothing to read")
