@@ -45,6 +45,11 @@ class Piece(NamedTuple):
         """What it takes of memory or file, about."""
         return SLOT_BYTES if self.zero else self.length
 
+    @property
+    def held_bytes(self) -> int:
+        """What it takes of memory, about."""
+        return 0 if self.room is None else self.weight_bytes
+
 
 class Backlog:
     """Pieces of several disks, in no order. Any number of threads may put them in, one takes them out."""
@@ -60,6 +65,8 @@ class Backlog:
         self._pieces: deque[Piece] = deque()
         self._overflown: deque[Piece] = deque()
         self._moving = self._under_way = self._under_way_bytes = 0
+        self._held_bytes = 0
+        """Of what is under way, what is in memory."""
         self._taker_waits = False
         self._failure: CasbackupError | None = None
         lock = threading.Lock()
@@ -75,7 +82,7 @@ class Backlog:
     @property
     def waiting_bytes(self) -> int:
         """Memory that holds what nobody has taken out yet."""
-        return max(0, self._pool.lent_bytes - self._under_way_bytes)
+        return max(0, self._pool.lent_bytes - self._held_bytes)
 
     @property
     def overflown_bytes(self) -> int:
@@ -140,6 +147,7 @@ class Backlog:
             while self._under_way_bytes < window_bytes and (queue := self._pieces or self._overflown):
                 piece = queue.popleft()
                 self._under_way_bytes += piece.weight_bytes
+                self._held_bytes += piece.held_bytes
                 taken.append(piece)
             self._under_way += len(taken)
         return taken
@@ -154,6 +162,7 @@ class Backlog:
         with self._changed:
             self._under_way -= len(pieces)
             self._under_way_bytes -= sum(piece.weight_bytes for piece in pieces)
+            self._held_bytes -= sum(piece.held_bytes for piece in pieces)
             if self._taker_waits or self._is_settled():
                 self._changed.notify_all()
             self._crowded.notify()

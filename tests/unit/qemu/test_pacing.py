@@ -44,3 +44,22 @@ def test_a_fast_target_is_not_held_back() -> None:
 def test_a_target_that_hangs_ends_at_the_least_speed() -> None:
     _, limits = simulate(0, 10)
     assert limits[-1] == MiB
+
+
+def test_a_hasty_beginning_is_not_taken_for_a_slow_target() -> None:
+    """Jobs that start bring many looks at once, and data that has hardly begun to be taken."""
+    pace = Pace(MEMORY)
+    for look, (taken, waiting) in enumerate([(0, 0), (0, 0), (4, 0), (6, 0), (8, 0), (13, 12), (13, 12), (17, 12)]):
+        limit = pace.look(39.12 + look * 0.01, taken * MiB, waiting * MiB)
+    assert limit >= 100 * MiB, "17 MiB in 70 ms"
+
+
+def test_what_the_speed_itself_held_back_is_not_taken_for_the_targets() -> None:
+    """After a pause, in which nothing was there to be taken, the first fill does not throttle it for seconds."""
+    pace, taken = Pace(MEMORY), 0
+    for look in range(10):
+        taken += 40 * MiB
+        pace.look(look * STEP_S, taken, 5 * MiB)
+    for look in range(10, 40):
+        pace.look(look * STEP_S, taken, 0)
+    assert pace.look(4.0, taken + 40 * MiB, 12 * MiB) >= 200 * MiB
