@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from casbackup.errors import ArchiveLimit
+from casbackup.errors import ArchiveLimit, TargetUnwritable
 from casbackup.formats.mappedstream import MappedStream, rounded
 from casbackup.formats.port import ArchiveHead, ByteRange, ByteTarget, Order, WriterCapabilities
 from casbackup.formats.tar.headers import BLOCK_BYTES, RECORD_BYTES, encode_member, padded, padding
@@ -142,7 +142,7 @@ class _Counting:
         self._target.write(buffers)
 
     def seek(self, offset: int) -> None:
-        raise NotImplementedError("tar is written from front to back")
+        raise TargetUnwritable("tar is written from front to back")
 
     def tell(self) -> int:
         return self.written_bytes
