@@ -195,21 +195,27 @@ def _held(repository: Repository, table: IndexTable, staying: Bools) -> Bools:
 
 
 def _marked(repository: Repository, view: _View, kept: Sequence[SessionRow], progress: Progress) -> Marks:
-    """Mark what snapshots, readers and the nodes of sessions need."""
+    """Mark what snapshots, readers and the nodes of sessions need.
+
+    Readers may lack something: one that came for a snapshot that was forgotten and collected is about to notice that.
+    """
     table, snapshots = view.table, view.snapshots
     own = (table.values["kind"] == BlobKind.NODE) & np.isin(table.values["session"], [row.number for row in kept])
     pins = [pin for row in kept for pin in row.pins]
     entries = repository.store.entries(pins)
+    roots = roots_of(snapshots)
     pinned_nodes = [pin for pin in pins if pin in entries and entries[pin].kind == BlobKind.NODE]
+    others = set(pinned_nodes) - set(roots)
+
+    def visited(nodes: int) -> None:
+        progress.advance(nodes=nodes)
+
     progress.start("marking", None)
-    marks = mark(
-        repository.store,
-        [*roots_of(snapshots), *pinned_nodes, *table.ids_where(own)],
-        [*configs_of(snapshots), *pins],
-        lambda nodes: progress.advance(nodes=nodes),
-    )
-    progress.finish()
+    marks = mark(repository.store, [*roots, *table.ids_where(own)], configs_of(snapshots), visited)
     _require_complete(repository.index, table, marks)
+    if pins:
+        marks.prefixes = np.union1d(marks.prefixes, mark(repository.store, others, pins, visited).prefixes)
+    progress.finish()
     return marks
 
 

@@ -9,14 +9,14 @@ from contextlib import ExitStack
 import pytest
 
 from casbackup.codec.codec import PLAIN
-from casbackup.errors import DataDamage
+from casbackup.errors import DataDamage, IndexIncomplete
 from casbackup.ids import DEFAULT_NAMESPACE, BlobId
 from casbackup.peer.local import LocalPeer
 from casbackup.repository.catalog import Snapshot
 from casbackup.repository.check import CheckOptions, check
 from casbackup.repository.gc import execute_gc, plan_gc
 from casbackup.repository.repository import Repository
-from casbackup.repository.sessions import Session, reading
+from casbackup.repository.sessions import Session, SessionKind, reading
 from casbackup.spec.manifest import DiskRecord, Manifest
 from casbackup.spec.node import Extent
 from casbackup.spec.record import Record
@@ -246,6 +246,37 @@ def test_what_is_being_read_stays_even_if_it_is_forgotten_while_gc_is_at_work() 
             return count()
 
     at_every_chance(test)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["all gone", "half gone"])
+def test_a_reader_that_comes_too_late_does_not_stop_gc(world: World, half: bool) -> None:
+    """It pins what was forgotten and collected, in part if that gc was cut short, before it notices."""
+    repository = world.create()
+    x, y = noise(1), noise(2)
+    old, _ = backed_up(repository, x)
+    new, _ = backed_up(repository, y)
+    repository.catalog.remove([old])
+    if half:
+        repository.index.write(lambda txn: txn.delete(x.id, db=repository.index.blobs))
+    else:
+        world.gc(repository)
+    pins = [old.manifest.disks[0].root]
+    late = repository.sessions.open(DEFAULT_NAMESPACE, VM, kind=SessionKind.READER, pins=pins)
+    world.gc(repository)
+    late.abort()
+    world.gc(repository)
+    assert sound(repository, new, y)
+    with repository.index.read() as txn:
+        assert txn.get(pins[0], db=repository.index.blobs) is None
+
+
+def test_a_snapshot_that_lacks_something_still_stops_gc_beside_readers(world: World) -> None:
+    repository = world.create()
+    x = noise(1)
+    snapshot, _ = backed_up(repository, x)
+    repository.index.write(lambda txn: txn.delete(x.id, db=repository.index.blobs))
+    with reading(repository, snapshot), pytest.raises(IndexIncomplete):
+        plan_gc(repository)
 
 
 def readable(repository: Repository, *ids: BlobId) -> bool:
