@@ -20,9 +20,16 @@ def not_reached(server: str, error: Exception, *, has_answered: bool) -> Casback
         return CertificateUntrusted(f"the certificate of {server} is not trusted: {cause.verify_message}")
     hint = "" if has_answered else _hint(server, cause)
     failure = ServerUnreachable(f"{server} cannot be reached: {_words(cause)}{hint}")
-    if isinstance(error, SSLError | NameResolutionError | ReadTimeoutError):
+    if isinstance(error, NameResolutionError | ReadTimeoutError) or (
+        isinstance(error, SSLError) and not _is_broken(cause, has_answered=has_answered)
+    ):
         failure.__dict__["final"] = True
     return failure
+
+
+def _is_broken(cause: BaseException, *, has_answered: bool) -> bool:
+    """Did TLS fail because the connection broke, as it does when a server is restarted?"""
+    return has_answered or isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError | ConnectionError)
 
 
 def _innermost(error: BaseException) -> BaseException:
