@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 from casbackup.block.backlog import Backlog
 from casbackup.block.buffers import BufferPool
 from casbackup.block.memory import MemoryDevice
+from tests.waiting import wait_until
 
 MiB = 1024 * 1024
 
@@ -16,13 +14,6 @@ def put(backlog: Backlog, number: int) -> None:
     room = backlog.room(MiB)
     assert room is not None
     assert backlog.write("0", number * MiB, room)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.005)
 
 
 def test_what_is_under_way_does_not_wait_any_more() -> None:

@@ -30,6 +30,7 @@ from casbackup.block.sparse import SparseMemory
 from casbackup.block.spool import Spool
 from casbackup.errors import BackupBroken, GuestWriteRefused, SourceUnreadable, TargetUnwritable
 from casbackup.units import KiB, MiB
+from tests.waiting import wait_until
 
 CLUSTER = 64 * KiB
 SIZE = 20 * CLUSTER + 12_345
@@ -477,10 +478,3 @@ def threads(*works: object, stop: object = lambda: None) -> Iterator[None]:
             assert not thread.is_alive()
     if failures:
         raise failures[0]
-
-
-def wait_until(condition: object) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)

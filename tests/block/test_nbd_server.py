@@ -37,6 +37,7 @@ from casbackup.block.sparse import SparseMemory
 from casbackup.errors import AddressUnusable, NbdConnectionFailed, NbdRequestFailed, TargetUnwritable, UsageError
 from casbackup.testing.block import BlockDeviceConformance
 from casbackup.units import GiB, KiB, MiB
+from tests.waiting import wait_until
 
 SIZE = 8 * MiB
 
@@ -420,10 +421,3 @@ def test_a_huge_export(serve: Callable[..., NbdAddress], tmp_path: Path) -> None
         assert list(client.extents(0, client.size_bytes)) == [(0, client.size_bytes, True)]
         client.write(client.size_bytes - 3, b"end")
         assert read_bytes(client, client.size_bytes - 4, 4) == b"\0end"
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)

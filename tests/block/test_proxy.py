@@ -24,6 +24,7 @@ from casbackup.block.sparse import SparseMemory, temporary_device
 from casbackup.block.spool import Spool
 from casbackup.errors import BackupBroken, NbdRequestFailed, RepositoryFull
 from casbackup.units import KiB, MiB
+from tests.waiting import wait_until
 
 CLUSTER = 64 * KiB
 SIZE = 4 * MiB
@@ -231,10 +232,3 @@ def test_writes_under_way_that_do_not_end() -> None:
             proxy.push(spool)
         go_on.set()
         thread.join()
-
-
-def wait_until(condition: object) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)

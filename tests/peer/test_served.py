@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 
@@ -19,6 +18,7 @@ from casbackup.peer.local import LocalPeer
 from casbackup.peer.segmentmap import SegmentMap
 from casbackup.peer.served import ReadPool, ServedSnapshot
 from casbackup.repository.gc import execute_gc, plan_gc
+from tests.waiting import wait_until
 
 from .conftest import MiB, Stored
 
@@ -145,10 +145,3 @@ def test_a_snapshot_that_is_forgotten_meanwhile_stays(stored: Stored, disk: Guar
     stored.peer.remove([stored.snapshot])
     execute_gc(repository, plan_gc(repository))
     assert read_bytes(disk, 0, len(stored.content)) == stored.content
-
-
-def wait_until(condition: object) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)

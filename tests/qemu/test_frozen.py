@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from casbackup.errors import CasbackupError
+from tests.waiting import wait_until
 
 from .conftest import BootGuest, assert_clean
 from .test_agent import FakeAgent
@@ -81,13 +82,6 @@ def start(guest: BootGuest, place: Path) -> Iterator[Callable[..., Frozen]]:
         frozen.process.kill()
         frozen.process.communicate()
         frozen.agent.close()
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 40) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it does not come to pass"
-        time.sleep(0.05)
 
 
 def is_clean(guest: BootGuest) -> bool:

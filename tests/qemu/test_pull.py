@@ -18,9 +18,11 @@ from casbackup.qemu.disks import Selection
 from casbackup.qemu.features import detect
 from casbackup.qemu.graph import Spliced
 from casbackup.qemu.machine import Machine
+from casbackup.qemu.pulling import Puller
 from casbackup.qemu.qmp import QmpClient
 from casbackup.qemu.source import DiskTask, FreezePolicy, LiveOptions, Mode
 from casbackup.repository.repository import Repository
+from tests.waiting import wait_until
 
 from .conftest import BootGuest, Daemon, Gathering, Process, Vm, assert_clean, assert_prefix, need, newer, two_disks
 from .test_live import Backups
@@ -71,7 +73,7 @@ def test_what_is_overwritten_is_pushed_and_read_once(vm: Vm, monkeypatch: pytest
     """Old data of each cluster is read once: by QEMU before it is overwritten, or by us."""
     before = [path.read_bytes() for path in vm.disks.values()]
     read_before = read_bytes(vm)
-    divert = graph.divert
+    divert, start = graph.divert, Puller.start
 
     def divert_and_write(qmp: QmpClient, disks: list[Spliced]) -> None:
         divert(qmp, disks)
@@ -80,7 +82,14 @@ def test_what_is_overwritten_is_pushed_and_read_once(vm: Vm, monkeypatch: pytest
                 guest.write(offset, b"x" * 4096)
             guest.write(6 * MiB - 1 * KiB, b"y" * 2 * KiB)
 
+    def start_when_pushed(puller: Puller) -> None:
+        """What is still under way when its segment is read costs a second reading of the segment."""
+        merger = puller._merger
+        wait_until(lambda: merger.wanted_bytes - merger.left_bytes == 6 * 64 * KiB)
+        start(puller)
+
     monkeypatch.setattr(graph, "divert", divert_and_write)
+    monkeypatch.setattr(Puller, "start", start_when_pushed)
     with vm.qmp() as qmp:
         gathered = gather(qmp)
     assert [bytes(disk) for disk in gathered.disks] == before
