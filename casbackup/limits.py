@@ -96,9 +96,9 @@ two.
 """
 
 MAX_REST_EXPORTS = 2
-"""Exports of one server at a time over REST; each has up to 96 MiB of buffers."""
+"""Exports of one server at a time over REST; each takes some 40 MB."""
 
-REST_CACHE_BYTES = 64 * MiB
+REST_CACHE_BYTES = 40 * MiB
 """Chunks in memory while disks are read over REST, of all repositories of a server."""
 
 MAX_LISTED_SNAPSHOTS = 10_000

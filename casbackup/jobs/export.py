@@ -42,9 +42,9 @@ from casbackup.units import KiB
 from casbackup.workers import worker_count
 
 WINDOW_SEGMENTS = 4
-"""Segments whose chunks are fetched together."""
+"""Segments whose chunks are fetched together, if nothing else is asked for."""
 _MOST_WINDOWS = 6
-"""Under way at once, so at most 96 MiB of buffers."""
+"""Under way at once."""
 _GRANULE_BYTES = 64 * KiB
 """Zeros within data are told to the writer, or left out of its map, in units of this."""
 
@@ -141,9 +141,17 @@ def _uuid(snapshot: Snapshot) -> bytes:
 
 
 def export(
-    peer: Peer, plan: ExportPlan, writer: ArchiveWriter, target: ByteTarget, progress: Progress | None = None
+    peer: Peer,
+    plan: ExportPlan,
+    writer: ArchiveWriter,
+    target: ByteTarget,
+    progress: Progress | None = None,
+    *,
+    window_segments: int = WINDOW_SEGMENTS,
 ) -> ExportReport:
     """Write the archive. ``writer.check`` has been called. What was written before an error is of no use.
+
+    ``window_segments``: how many are fetched together, a few times of which are in memory. The archive is the same.
 
     :raise DataDamage: when something cannot be read. :raise TargetError: when writing fails.
     """
@@ -156,7 +164,7 @@ def export(
     size_bytes = sum(disk.size_bytes for disk in plan.disks)
     progress.start(plan.snapshot.reference, size_bytes)
     output = writer.open(target, head, maps)
-    zero_bytes = _Export(peer, plan.disks, output, capabilities, progress).run()
+    zero_bytes = _Export(peer, plan.disks, output, capabilities, progress, window_segments * SEGMENT_BYTES).run()
     output.finish()
     progress.finish()
     return ExportReport(size_bytes, zero_bytes, left_out)
@@ -200,7 +208,9 @@ class _Export:
         output: ArchiveOutput,
         capabilities: WriterCapabilities,
         progress: Progress,
+        window_bytes: int,
     ) -> None:
+        self._window_bytes = window_bytes
         self._peer = peer
         self._disks = disks
         self._output = output
@@ -234,7 +244,7 @@ class _Export:
             for segment in _tree(self._peer, disk).segments():
                 self._plan(number, segment, window, used)
                 used += SEGMENT_BYTES if segment.extents is not None else 0
-                if used == WINDOW_SEGMENTS * SEGMENT_BYTES:
+                if used == self._window_bytes:
                     yield window
                     window, used = self._new_window(), 0
         if window.pieces:
@@ -242,7 +252,7 @@ class _Export:
 
     def _new_window(self) -> _Window:
         """Buffers come back when their window is written; only so many are ever made as windows are under way."""
-        buffer = self._buffers.pop() if self._buffers else memoryview(bytearray(WINDOW_SEGMENTS * SEGMENT_BYTES))
+        buffer = self._buffers.pop() if self._buffers else memoryview(bytearray(self._window_bytes))
         return _Window(buffer, [], {})
 
     def _plan(self, disk: int, segment: Segment, window: _Window, start: int) -> None:

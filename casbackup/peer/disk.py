@@ -92,7 +92,7 @@ class BlobCache:
             for blob_id, data in fetched.items():
                 if isinstance(data, DataDamage) or blob_id in self._kept:
                     continue
-                self._kept[blob_id] = data
+                self._kept[blob_id] = bytes(data)  # a part of what was read together would keep all of it
                 self._size += len(data)
             while self._size > self._capacity:
                 _, dropped = self._kept.popitem(last=False)

@@ -78,9 +78,10 @@ async def pieces(threads: Threads, disk: ServedDisk, body: Body) -> AsyncIterato
             position += piece.length
             if piece.data is not None:
                 yield piece.data
-                continue
-            for start in range(0, piece.length, _PIECE_BYTES):
-                yield _ZEROS[: min(_PIECE_BYTES, piece.length - start)]
+            else:
+                for start in range(0, piece.length, _PIECE_BYTES):
+                    yield _ZEROS[: min(_PIECE_BYTES, piece.length - start)]
+            del piece
     if body.tail:
         yield body.tail
 

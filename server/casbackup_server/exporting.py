@@ -16,6 +16,8 @@ from casbackup.units import KiB
 from casbackup_server.threads import Threads
 
 _PIECE_BYTES = 512 * KiB
+_WINDOW_SEGMENTS = 2
+"""Half of what a command takes: others want memory, too."""
 
 
 class RunningExport:
@@ -39,6 +41,7 @@ class RunningExport:
         """The archive. :raise CasbackupError: what the job failed with; what came before is of no use then."""
         while piece := await threads.run(lambda: os.read(self._reading, _PIECE_BYTES)):
             yield piece
+            del piece
         if self._failure is not None:
             raise self._failure
 
@@ -53,7 +56,7 @@ class RunningExport:
             with descriptor_target(
                 self._writing, "the client", compression=self._compression, zstd_threads=0
             ) as target:
-                export(self._peer, self._plan, self._writer, target)
+                export(self._peer, self._plan, self._writer, target, window_segments=_WINDOW_SEGMENTS)
         except TargetClosed:
             pass
         except BaseException as error:  # noqa: BLE001  handed to who reads

@@ -14,6 +14,7 @@ from casbackup.peer.api import Peer
 from casbackup_server.app import create_gateway
 from casbackup_server.audit import Audit
 from casbackup_server.gate import OneTokenGate
+from casbackup_server.heap import bound_heap, collect_garbage
 from casbackup_server.listen import Listen
 from casbackup_server.opensnapshots import OpenSnapshots
 from casbackup_server.run import uvicorn_config
@@ -32,12 +33,15 @@ def run_gateway(
 
     :raise UsageError: when it is no loopback address, or cannot be had.
     """
+    bound_heap()
     with _socket(listen) as listening, contextlib.closing(OpenSnapshots(peer, REST_CACHE_BYTES, lambda s: s)) as opened:
         host = Host({name: Browsed(name, peer, opened)}, OneTokenGate(token), Audit(), Threads())
         port = listening.getsockname()[1]
+        app = create_gateway(host)
+        collect_garbage()
         ready(port)
         with contextlib.suppress(KeyboardInterrupt, Interrupted):  # uvicorn raises the signal once more when it is done
-            uvicorn.Server(uvicorn_config(create_gateway(host), listen, _GRACE_S)).run(sockets=[listening])
+            uvicorn.Server(uvicorn_config(app, listen, _GRACE_S)).run(sockets=[listening])
 
 
 def _socket(listen: Listen) -> socket.socket:

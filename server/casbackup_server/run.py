@@ -16,7 +16,7 @@ from casbackup_server.audit import Audit
 from casbackup_server.budget import ByteBudget
 from casbackup_server.gate import Gate, OpenGate, TokenGate
 from casbackup_server.granian_front import run_granian
-from casbackup_server.heap import bound_heap
+from casbackup_server.heap import bound_heap, collect_garbage
 from casbackup_server.jobs.configured import configured_tasks, zone_of
 from casbackup_server.jobs.notify import notifier_for
 from casbackup_server.jobs.schedule import scheduled
@@ -64,7 +64,9 @@ def run(settings: Settings) -> None:
             scheduled(settings, served, zone, notifier, server.metrics),
             contextlib.suppress(KeyboardInterrupt, Interrupted),  # uvicorn raises the signal once more when it is done
         ):
-            _serve(create_app(server), settings, listen)
+            app = create_app(server)
+            collect_garbage()
+            _serve(app, settings, listen)
     _log.info("stopped")
 
 

@@ -1,4 +1,8 @@
-"""Bodies of any length, a piece at a time."""
+"""Bodies of any length, a piece at a time.
+
+Whoever has passed a piece on forgets it: the next one may take long to come, and when a client goes away, the frames
+live on in the error's traceback until the garbage is collected.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +47,12 @@ class Streamed(StreamingResponse):
     async def stream_response(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for piece in self.body_iterator:
-            await self._send(send, {"type": "http.response.body", "body": piece, "more_body": True})
+            message: dict[str, object] = {"type": "http.response.body", "body": piece, "more_body": True}
+            del piece
+            try:
+                await self._send(send, message)
+            finally:
+                message.clear()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, send: Send, message: dict[str, object]) -> None:
@@ -65,13 +74,16 @@ async def begun(pieces: AsyncIterator[Buffer]) -> AsyncIterator[Buffer]:
 async def _chained(first: Buffer, rest: AsyncIterator[Buffer]) -> AsyncIterator[Buffer]:
     if first:
         yield first
+    del first
     async for piece in rest:
         yield piece
+        del piece
 
 
 async def _as_sent(pieces: AsyncIterator[Buffer]) -> AsyncIterator[memoryview]:
     try:
         async for piece in pieces:
             yield memoryview(piece)
+            del piece
     except CasbackupError as error:
         raise CutOff(str(error)) from error

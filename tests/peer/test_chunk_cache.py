@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 
 from casbackup.errors import BlobDamaged, ServerUnreachable
 from casbackup.ids import BlobId
 from casbackup.peer.chunkcache import ChunkCache
+from casbackup.peer.disk import BlobCache
 from casbackup.peer.segmentmap import SegmentMap
+from tests.waiting import wait_until
 
 from .conftest import MiB, Stored
 
@@ -40,6 +41,18 @@ def test_the_least_recently_used_is_dropped(stored: Stored, chunks: list[BlobId]
     assert gone == chunks[: len(gone)] and 0.4 < len(gone) / len(chunks) < 0.7
 
 
+@pytest.mark.parametrize("make", [ChunkCache, BlobCache])
+def test_what_is_kept_keeps_nothing_else(
+    stored: Stored, chunks: list[BlobId], make: type[ChunkCache | BlobCache]
+) -> None:
+    """Random data is stored as it is, and comes as a part of what was read together."""
+    records = [record.payload for _, record in stored.peer.fetch(chunks) if not isinstance(record, BlobDamaged)]
+    assert any(isinstance(payload, memoryview) and len(payload.obj) > 2 * len(payload) for payload in records)
+    cache = make(stored.peer, 8 * MiB)
+    cache.get(chunks)
+    assert all(isinstance(plain, bytes) for plain in cache.get(chunks).values())
+
+
 def test_readers_wait_for_what_another_is_fetching(stored: Stored, chunks: list[BlobId]) -> None:
     cache = ChunkCache(stored.peer, 8 * MiB)
     stored.peer.may_go_on.clear()
@@ -52,10 +65,7 @@ def test_readers_wait_for_what_another_is_fetching(stored: Stored, chunks: list[
     threads = [threading.Thread(target=read) for _ in range(6)]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 20
-    while sum(len(waiters) for waiters in cache._coming.values()) < 5 * len(chunks):
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_until(lambda: sum(len(waiters) for waiters in cache._coming.values()) == 5 * len(chunks))
     stored.peer.may_go_on.set()
     for thread in threads:
         thread.join(20)
