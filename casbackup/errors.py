@@ -133,10 +133,10 @@ class InvalidSize(UsageError):
 
 
 class ConfigInvalid(UsageError):
-    """The user's configuration file is wrong."""
+    """A configuration file is wrong, the user's or a server's."""
 
     code = "config-invalid"
-    advice = "Correct the file named in the message, or point CASBACKUP_CONFIG at another one."
+    advice = "Correct the file named in the message, or name another one: CASBACKUP_CONFIG, for a server --config."
 
 
 class RepositoryError(CasbackupError):
